@@ -1,0 +1,29 @@
+"""hf_layerfusion: classify with every layer of a frozen vision backbone."""
+
+from transformers import AutoConfig, AutoModelForImageClassification
+
+from .bank import TokenBank, TokenCoordinate
+from .configuration_layer_fusion import LayerFusionConfig
+from .errors import LayerFusionError
+from .heads import AttentiveFusionHead, LinearHead, ScalarMixHead
+from .modeling_layer_fusion import LayerFusionOutput, ViTForAttentiveLayerFusionClassification
+from .recipes import RECIPES, Recipe
+from .version import __version__
+
+AutoConfig.register(LayerFusionConfig.model_type, LayerFusionConfig, exist_ok=True)
+AutoModelForImageClassification.register(LayerFusionConfig, ViTForAttentiveLayerFusionClassification, exist_ok=True)
+
+__all__ = [
+    "RECIPES",
+    "AttentiveFusionHead",
+    "LayerFusionConfig",
+    "LayerFusionError",
+    "LayerFusionOutput",
+    "LinearHead",
+    "Recipe",
+    "ScalarMixHead",
+    "TokenBank",
+    "TokenCoordinate",
+    "ViTForAttentiveLayerFusionClassification",
+    "__version__",
+]

@@ -1,0 +1,181 @@
+"""The token bank: which activations a head reads, each with a coordinate `(layer, module, pool)`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .errors import LayerFusionError
+
+# In the terms of arXiv 2603.05280: a block's output, the LayerNorm before its MLP, and the model's last LayerNorm.
+MODULES = ("block", "ln2", "final_norm")
+POOLS = ("cls", "mean")
+
+LayerSpec = int | str | Sequence[int] | None
+
+
+class TokenCoordinate(NamedTuple):
+    """Where one token of the bank comes from.
+
+    `layer` counts as transformers counts hidden states: 0 is the embedding output, k the output of block k.
+    """
+
+    layer: int
+    module: str
+    pool: str
+
+    @property
+    def name(self) -> str:
+        module = "embeddings" if self.layer == 0 else self.module
+        return f"layer {self.layer} · {module} · {self.pool}"
+
+
+def resolve_layers(spec: LayerSpec, num_layers: int) -> list[int]:
+    """Turn a choice of layers into ascending layer numbers.
+
+    Args:
+        spec: `None` or `"all"` for layers 1 to `num_layers`; an integer n for the last n; a list of layer numbers,
+            where 0 is the embedding output and negative numbers count from the end (-1 is the last layer); `"last"`;
+            `"a:b"` for layers a to b, both included, either of them optional; `"spaced:n"` for n equally spaced
+            layers that end with the last.
+        num_layers: number of blocks L of the backbone.
+
+    Raises:
+        LayerFusionError: if a layer does not exist, is named twice, or the spec is not understood.
+    """
+    legal = (
+        f"choose from 0 (the embedding output) to {num_layers}, or from -{num_layers} to -1 to count from the end"
+    )
+    if spec is None or spec == "all":
+        return list(range(1, num_layers + 1))
+    if spec == "last":
+        return [num_layers]
+    if isinstance(spec, str):
+        first, colon, last = spec.partition(":")
+        try:
+            if first == "spaced":
+                count = int(last)
+                if not 1 <= count <= num_layers:
+                    raise LayerFusionError(f"layers='{spec}' asks for {count} of {num_layers} layers")
+                return [num_layers * (i + 1) // count for i in range(count)]
+            if colon:
+                spec = list(range(int(first) if first else 1, (int(last) if last else num_layers) + 1))
+            else:
+                spec = [int(part) for part in spec.split(",")]
+        except ValueError as error:
+            if isinstance(error, LayerFusionError):
+                raise
+            raise LayerFusionError(
+                f"layers='{spec}' is not understood: use 'all', 'last', 'a:b', 'spaced:n' or numbers such as '3,6,12'"
+            ) from error
+    if isinstance(spec, int):
+        if not 1 <= spec <= num_layers:
+            raise LayerFusionError(
+                f"layers={spec} asks for the last {spec} layers, but the backbone has {num_layers} (1 to {num_layers})"
+            )
+        return list(range(num_layers - spec + 1, num_layers + 1))
+    layers = []
+    for layer in spec:
+        if not isinstance(layer, int) or not -num_layers <= layer <= num_layers:
+            raise LayerFusionError(f"layer {layer!r} is out of range for a backbone of {num_layers} layers: {legal}")
+        layers.append(layer if layer >= 0 else num_layers + 1 + layer)
+    if not layers:
+        raise LayerFusionError(f"layers={spec!r} selects no layer: {legal}")
+    if len(set(layers)) != len(layers):
+        raise LayerFusionError(f"layers={list(spec)} names a layer twice")
+    return sorted(layers)
+
+
+@dataclass(frozen=True)
+class TokenBank:
+    """An ordered set of token coordinates: the N axis of every `(B, N, D)` tensor in this library."""
+
+    coordinates: tuple[TokenCoordinate, ...]
+
+    @classmethod
+    def build(
+        cls, layers: Sequence[int], modules: Sequence[str], pools: Sequence[str], num_layers: int
+    ) -> TokenBank:
+        """All combinations that exist: layer 0 has only its output, and only the last layer has a final norm."""
+        taps = [
+            (layer, module)
+            for layer in layers
+            for module in modules
+            if (layer > 0 or module == "block") and (layer == num_layers or module != "final_norm")
+        ]
+        return cls(tuple(TokenCoordinate(layer, module, pool) for layer, module in taps for pool in pools))
+
+    @classmethod
+    def from_list(cls, rows: Iterable[Sequence]) -> TokenBank:
+        """Read what `to_list` wrote."""
+        return cls(tuple(TokenCoordinate(int(layer), str(module), str(pool)) for layer, module, pool in rows))
+
+    def to_list(self) -> list[list]:
+        return [list(coordinate) for coordinate in self.coordinates]
+
+    def __len__(self) -> int:
+        return len(self.coordinates)
+
+    @property
+    def names(self) -> list[str]:
+        return [coordinate.name for coordinate in self.coordinates]
+
+    @property
+    def taps(self) -> list[tuple[int, str]]:
+        """The distinct `(layer, module)` pairs, in order."""
+        return list(dict.fromkeys((c.layer, c.module) for c in self.coordinates))
+
+    @property
+    def pools(self) -> list[str]:
+        """The distinct pools, in order."""
+        return list(dict.fromkeys(c.pool for c in self.coordinates))
+
+    def width(self, layer_widths: Sequence[int]) -> int:
+        """D: the widest tapped layer, given the width of each hidden state."""
+        return max(layer_widths[layer] for layer, _ in self.taps)
+
+    def __or__(self, other: TokenBank) -> TokenBank:
+        """The union, so that one extraction serves several recipes."""
+        return TokenBank(tuple(dict.fromkeys(self.coordinates + other.coordinates)))
+
+    def positions_of(self, wanted: TokenBank) -> list[int]:
+        """The positions of another bank's tokens in this one, in the other's order.
+
+        Raises:
+            LayerFusionError: naming the tokens that this bank lacks.
+        """
+        position = {coordinate: i for i, coordinate in enumerate(self.coordinates)}
+        missing = [c.name for c in wanted.coordinates if c not in position]
+        if missing:
+            shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+            raise LayerFusionError(
+                f"the bank of {len(self)} tokens lacks {shown}; extract the features again with a bank that holds them"
+            )
+        return [position[c] for c in wanted.coordinates]
+
+    def select(
+        self,
+        layers: Sequence[int] | None = None,
+        modules: Sequence[str] | None = None,
+        pools: Sequence[str] | None = None,
+    ) -> TokenBank:
+        """The tokens whose coordinate is among the given ones; `None` keeps all.
+
+        Raises:
+            LayerFusionError: if a layer, module or pool is not in the bank, or nothing is left.
+        """
+        kept = self.coordinates
+        for field, wanted in (("layer", layers), ("module", modules), ("pool", pools)):
+            if wanted is None:
+                continue
+            have = list(dict.fromkeys(getattr(c, field) for c in self.coordinates))
+            absent = [value for value in wanted if value not in have]
+            if absent:
+                raise LayerFusionError(f"no token of the bank has {field} {absent[0]!r}; it has {have}")
+            kept = tuple(c for c in kept if getattr(c, field) in wanted)
+        if not kept:
+            raise LayerFusionError(
+                f"no token of the bank has layers={layers}, modules={modules} and pools={pools} at once"
+            )
+        return TokenBank(kept)

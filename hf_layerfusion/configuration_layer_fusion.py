@@ -1,0 +1,216 @@
+"""What a head is: its bank, its arithmetic, and the backbone it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from .bank import MODULES, POOLS, TokenBank, resolve_layers
+from .errors import LayerFusionError
+from .pooling import TokenLayout
+from .recipes import RECIPES, Recipe
+
+HEAD_TYPES = ("attentive", "linear", "scalar_mix")
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+NORMALIZATIONS = ("l2", "none")
+
+
+class LayerFusionConfig(PreTrainedConfig):
+    r"""Configuration of a [`ViTForAttentiveLayerFusionClassification`].
+
+    Everything is validated on construction, and every message says what is legal. Fields left at `None` are filled
+    from the recipe, so a saved config is explicit.
+
+    Args:
+        backbone_config: nested config of the backbone, or its dict; `None` for a default ViT.
+        backbone_name_or_path: Hub id or folder the backbone is loaded from.
+        backbone_revision: the commit on the Hub.
+        backbone_fingerprint: of its weights, as `WeightFingerprint.to_dict` gives it.
+        token_layout: as `TokenLayout.to_dict` gives it; `None` derives it for a plain ViT-like config.
+        recipe: a name from `RECIPES`.
+        layers: `None` (all), an integer (the last n), a list (0 is the embedding output, negatives count from the
+            end), or a string (`"last"`, `"2:"`, `"spaced:4"`); stored as the list of layer numbers.
+        modules: points inside a layer: `"block"`, `"ln2"`, `"final_norm"`.
+        pools: `"cls"`, `"mean"`.
+        token_normalization: `"l2"` divides each token by its norm (paper, section 3), `"none"` leaves it.
+        noise_std: standard deviation of Gaussian noise on the normalised tokens in training (the reference: 0.05).
+        noise_probability: share of the samples that get noise (the reference: 0.5).
+        head_type: `"attentive"`, `"linear"`, `"scalar_mix"`.
+        num_heads: attention heads; `None` for one per token.
+        num_queries: learned queries.
+        head_dim_multiplier: the width of an attention head is this times `D // num_heads` (the reference: 2).
+        attention_dropout: on the attention weights.
+        projection_dropout: after the output projection.
+        head_implementation: `"fast"` or `"explicit"`, the same function in two orders.
+        freeze_backbone: keep the backbone fixed and in eval mode.
+        backbone_lr_factor: learning rate of an unfrozen backbone relative to the head's (the reference: 1e-3).
+        class_weights: one weight per class for the single-label loss.
+        includes_backbone: whether the checkpoint beside this config holds the backbone too.
+
+    Raises:
+        LayerFusionError: for any value that cannot work.
+    """
+
+    model_type = "layer_fusion"
+    sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012 (transformers' own convention)
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    backbone_name_or_path: str | None = None
+    backbone_revision: str | None = None
+    backbone_fingerprint: dict | None = None
+    token_layout: dict | None = None
+    recipe: str = "alf"
+    layers: Any = None
+    modules: list | None = None
+    pools: list | None = None
+    token_normalization: str = "l2"
+    noise_std: float = 0.0
+    noise_probability: float = 0.5
+    head_type: str | None = None
+    num_heads: int | None = None
+    num_queries: int = 1
+    head_dim_multiplier: int = 2
+    attention_dropout: float = 0.0
+    projection_dropout: float = 0.0
+    head_implementation: str = "fast"
+    freeze_backbone: bool = True
+    backbone_lr_factor: float = 1e-3
+    class_weights: list | None = None
+    includes_backbone: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.recipe not in RECIPES:
+            raise LayerFusionError(f"recipe {self.recipe!r} is unknown: choose from {', '.join(RECIPES)}")
+        if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
+            raise LayerFusionError(f"problem_type {self.problem_type!r} is unknown: choose from {PROBLEM_TYPES}")
+        _check_label_maps(self.id2label, self.label2id, kwargs.get("num_labels"))
+        self.backbone_config = _as_config(self.backbone_config)
+        super().__post_init__(**kwargs)
+        self._fill_from_recipe(RECIPES[self.recipe])
+        self._check_values()
+
+    def _fill_from_recipe(self, recipe: Recipe) -> None:
+        layout = TokenLayout(**self.token_layout) if self.token_layout else _plain_layout(self.backbone_config)
+        self.token_layout = layout.to_dict()
+        self.layers = resolve_layers(recipe.layers if self.layers is None else self.layers, layout.num_layers)
+        self.modules = list(recipe.modules if self.modules is None else self.modules)
+        if self.pools is None:
+            # A recipe adapts to a backbone without CLS; a pool that was asked for does not.
+            self.pools = [pool for pool in recipe.pools if pool != "cls" or layout.has_cls] or ["mean"]
+        self.pools = list(self.pools)
+        if "cls" in self.pools and not layout.has_cls:
+            raise LayerFusionError(f"pools={self.pools}: this backbone has no CLS token, use pools=['mean']")
+        if self.head_type is None:
+            self.head_type = recipe.head_type
+            for option, value in recipe.head_options.items():
+                setattr(self, option, value)
+
+    def _check_values(self) -> None:
+        _check_choices("modules", self.modules, MODULES)
+        _check_choices("pools", self.pools, POOLS)
+        _check_choices("head_type", [self.head_type], HEAD_TYPES)
+        _check_choices("token_normalization", [self.token_normalization], NORMALIZATIONS)
+        _check_choices("head_implementation", [self.head_implementation], ("fast", "explicit"))
+        if not len(self.bank):
+            raise LayerFusionError(
+                f"layers={self.layers} and modules={self.modules} select no token: only layer 1 and above have 'ln2', "
+                f"and only layer {self.num_backbone_layers} has 'final_norm'"
+            )
+        for name in ("attention_dropout", "projection_dropout", "noise_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise LayerFusionError(f"{name}={getattr(self, name)} is not a probability: use 0 to 1")
+        for name in ("noise_std", "backbone_lr_factor"):
+            if getattr(self, name) < 0:
+                raise LayerFusionError(f"{name}={getattr(self, name)} is negative")
+        for name in ("num_queries", "head_dim_multiplier", "num_heads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise LayerFusionError(f"{name}={value}: use 1 or more")
+        if self.class_weights is not None and len(self.class_weights) != self.num_labels:
+            raise LayerFusionError(
+                f"class_weights has {len(self.class_weights)} entries, but num_labels is {self.num_labels}"
+            )
+
+    @property
+    def layout(self) -> TokenLayout:
+        """The layout of the backbone's activations."""
+        return TokenLayout(**self.token_layout)
+
+    @property
+    def num_backbone_layers(self) -> int:
+        """L, the number of the backbone's last layer."""
+        return len(self.token_layout["widths"]) - 1
+
+    @property
+    def bank(self) -> TokenBank:
+        """The token bank: the meaning of the N axis."""
+        return TokenBank.build(self.layers, self.modules, self.pools, self.num_backbone_layers)
+
+    @property
+    def token_names(self) -> list[str]:
+        """One readable name per token, such as `layer 7 · block · mean`."""
+        return self.bank.names
+
+    @property
+    def hidden_size(self) -> int:
+        """D: the widest tapped token; narrower ones are zero-padded."""
+        return self.bank.width(self.layout.widths)
+
+    @property
+    def keys_to_ignore_at_inference(self) -> list[str]:
+        """Outputs that `Trainer` must not gather at evaluation."""
+        return ["layer_attentions"]
+
+
+def _as_config(value: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+    if isinstance(value, PreTrainedConfig):
+        return value
+    values = dict(value or {"model_type": "vit"})
+    model_type = values.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        raise LayerFusionError(
+            f"backbone_config has model_type {model_type!r}, which this version of transformers does not know: "
+            "upgrade transformers, or check the config"
+        )
+    return CONFIG_MAPPING[model_type](**values)
+
+
+def _plain_layout(backbone_config: PreTrainedConfig) -> TokenLayout:
+    """The layout of a constant-width ViT with one CLS token, for configs that were not measured on a model."""
+    try:
+        widths = [backbone_config.hidden_size] * (backbone_config.num_hidden_layers + 1)
+    except AttributeError as error:
+        raise LayerFusionError(
+            f"the token layout of a {backbone_config.model_type!r} backbone cannot be read off its config: "
+            "build the head with from_backbone, which measures it"
+        ) from error
+    return TokenLayout("tokens", widths, (0,))
+
+
+def _check_choices(name: str, values: Sequence[str], legal: Sequence[str]) -> None:
+    if not values:
+        raise LayerFusionError(f"{name} is empty: choose from {list(legal)}")
+    for value in values:
+        if value not in legal:
+            raise LayerFusionError(f"{name} {value!r} is unknown: choose from {list(legal)}")
+    if len(set(values)) != len(values):
+        raise LayerFusionError(f"{name}={list(values)} names a value twice")
+
+
+def _check_label_maps(id2label: dict | None, label2id: dict | None, num_labels: int | None) -> None:
+    if num_labels is not None and num_labels < 1:
+        raise LayerFusionError(f"num_labels={num_labels}: use 1 or more")
+    if id2label is None:
+        return
+    ids = sorted(int(key) for key in id2label)
+    if ids != list(range(len(ids))):
+        raise LayerFusionError(f"id2label must number its labels 0 to {len(ids) - 1}, but has {ids}")
+    if num_labels is not None and num_labels != len(ids):
+        raise LayerFusionError(f"num_labels={num_labels}, but id2label names {len(ids)} labels: give one of them")
+    if label2id is not None and len(label2id) != len(ids):
+        raise LayerFusionError(f"label2id has {len(label2id)} labels, but id2label has {len(ids)}")
+
+
+__all__ = ["LayerFusionConfig"]

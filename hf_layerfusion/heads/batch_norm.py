@@ -1,0 +1,38 @@
+"""BatchNorm whose training statistics span all processes."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn import functional as F
+
+
+class GlobalBatchNorm1d(nn.BatchNorm1d):
+    """`nn.BatchNorm1d` over `(B, D)` that sees the global batch under data parallel training, on any device.
+
+    Two processes with half a batch each then train the same head as one process with all of it;
+    `nn.SyncBatchNorm` does this on GPUs only. A training batch of one row, such as the rest of an epoch, is normalised
+    with the running statistics, since it has no variance of its own.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            if self.training and input.shape[0] == 1:
+                return F.batch_norm(
+                    input, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+                )
+            return super().forward(input)
+        wide = input if input.dtype == torch.float64 else input.float()
+        count = wide.new_full((1,), wide.shape[0])
+        total = all_reduce(torch.cat([wide.sum(dim=0), count]))
+        mean, count = total[:-1] / total[-1], total[-1].detach()
+        variance = all_reduce((wide - mean).square().sum(dim=0)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            unbiased = variance * count / (count - 1)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        normalised = (wide - mean) * (variance + self.eps).rsqrt()
+        return (normalised * self.weight + self.bias).to(input.dtype)

@@ -1,0 +1,25 @@
+"""The linear probe."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import initialization as init
+
+
+class LinearHead(nn.Module):
+    """One linear layer on the concatenation of all tokens: `logits = W vec(x) + b`, W of shape `(C, N * D)`."""
+
+    def __init__(self, hidden_size: int, num_tokens: int, num_labels: int):
+        super().__init__()
+        self.classifier = nn.Linear(num_tokens * hidden_size, num_labels)
+
+    def reset_parameters(self) -> None:
+        """PyTorch's default for a linear layer, as the reference uses: uniform in +-1/sqrt(N * D)."""
+        bound = self.classifier.in_features**-0.5
+        init.uniform_(self.classifier.weight, -bound, bound)
+        init.uniform_(self.classifier.bias, -bound, bound)
+
+    def forward(self, tokens: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, None]:
+        """`(B, N, D)` to `(B, C)`; with `output_attentions` also `None`, since a linear probe has no weights to show."""
+        logits = self.classifier(tokens.flatten(1))
+        return (logits, None) if output_attentions else logits

@@ -1,0 +1,1 @@
+"""What makes a head a repository: its card."""

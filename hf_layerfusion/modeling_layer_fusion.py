@@ -1,0 +1,488 @@
+"""The model: a frozen backbone, its token bank, and a head that reads all layers."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from .backbones import (
+    HUB_OPTIONS,
+    POOLER_PREFIX,
+    OpenedBackbone,
+    WeightFingerprint,
+    describe_backbone,
+    open_backbone,
+    open_image_processor,
+    pooler_kwargs,
+)
+from .bank import TokenBank
+from .checkpoints import BACKBONE_PREFIX, check_checkpoint
+from .configuration_layer_fusion import LayerFusionConfig
+from .errors import LayerFusionError
+from .heads import AttentiveFusionHead, LinearHead, ScalarMixHead, build_head
+from .hub.cards import build_card
+from .reader import read_bank
+
+logger = logging.get_logger(__name__)
+
+# Arguments of `from_backbone` and `from_pretrained` that concern the backbone's weights, not the head.
+BACKBONE_OPTIONS = (*HUB_OPTIONS, "dtype", "device_map", "attn_implementation", "quantization_config")
+
+
+@dataclass
+class LayerFusionOutput(ModelOutput):
+    """What the model returns.
+
+    Attributes:
+        loss: scalar, when labels were given.
+        logits: `(B, C)`.
+        layer_attentions: `(B, num_queries, num_heads, N)`, the weight of each token, when asked for.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    layer_attentions: Tensor | None = None
+
+
+class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
+    """A vision backbone with a classification head over the activations of all its layers (arXiv 2601.09322).
+
+    The backbone is frozen and in eval mode, whatever `train()` says, unless the config has `freeze_backbone=False`.
+    Checkpoints hold the head only, and name the backbone they belong to.
+
+    Args:
+        config: a [`LayerFusionConfig`].
+        with_backbone: build the backbone from its config with random weights. `from_backbone` and `from_pretrained`
+            attach a trained one instead.
+    """
+
+    config_class = LayerFusionConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    # The backbone decides which attention it supports.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    supports_gradient_checkpointing = True
+    # `Trainer` would otherwise multiply the loss for a forward that ignores `num_items_in_batch`.
+    accepts_loss_kwargs = False
+
+    config: LayerFusionConfig
+
+    def __init__(self, config: LayerFusionConfig, with_backbone: bool = True):
+        super().__init__(config)
+        self.backbone: PreTrainedModel | None = None
+        self.image_processor: Any | None = None
+        self.training_summary: dict[str, Any] = {}
+        if with_backbone:
+            self.backbone = AutoModel.from_config(config.backbone_config, **pooler_kwargs(config.backbone_config))
+        self.head = build_head(config)
+        self.post_init()
+        if self.backbone is not None:
+            self._attach(self.backbone)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, AttentiveFusionHead | LinearHead | ScalarMixHead):
+            module.reset_parameters()
+
+    # ---- construction ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | Path | PreTrainedModel,
+        *,
+        recipe: str = "alf",
+        num_labels: int | None = None,
+        id2label: dict[int, str] | Sequence[str] | None = None,
+        revision: str | None = None,
+        image_processor: Any | None = None,
+        **overrides: Any,
+    ) -> ViTForAttentiveLayerFusionClassification:
+        """Put a new head on a trained backbone.
+
+        Args:
+            backbone: Hub id, folder, or a model in memory; of an image-text model, its vision tower.
+            recipe: a name from `RECIPES`.
+            num_labels: number of classes; taken from `id2label` if that is given.
+            id2label: class names, as a dict or a sequence.
+            revision: branch, tag or commit on the Hub; the commit is pinned in the config.
+            image_processor: kept with the head; by default the one stored beside the backbone.
+            overrides: fields of [`LayerFusionConfig`], and `dtype`, `device_map`, `attn_implementation`, `token`, ...
+                for loading the backbone.
+
+        Returns:
+            The model, with a random head in float32.
+
+        Raises:
+            LayerFusionError: for an unknown option, a bad value, or a backbone that cannot be read.
+        """
+        loading = {key: overrides.pop(key) for key in BACKBONE_OPTIONS if key in overrides}
+        known = {field.name for field in fields(LayerFusionConfig)}
+        if unknown := sorted(overrides.keys() - known):
+            raise LayerFusionError(f"{unknown[0]!r} is no option of from_backbone; a config has {sorted(known)}")
+        labels = _label_options(num_labels, id2label)
+        # A spelling mistake must not cost the minutes of loading a backbone.
+        LayerFusionConfig(recipe=recipe, **labels, **_independent_of_backbone(overrides))
+        opened = open_backbone(backbone, revision=revision, image_processor=image_processor, **loading)
+        layout = describe_backbone(opened.model)
+        backbone_config = deepcopy(opened.model.config)  # the model's own must not change when ours is edited
+        config = LayerFusionConfig(
+            backbone_config=backbone_config,
+            attn_implementation=backbone_config._attn_implementation,
+            backbone_name_or_path=opened.name_or_path,
+            backbone_revision=opened.revision,
+            backbone_fingerprint=WeightFingerprint.of(opened.model).to_dict(),
+            token_layout=layout.to_dict(),
+            recipe=recipe,
+            **labels,
+            **overrides,
+        )
+        model = cls(config, with_backbone=False)
+        model._attach(opened.model, opened.image_processor)
+        return model.eval()
+
+    def _attach(self, backbone: PreTrainedModel, image_processor: Any | None = None) -> None:
+        """Take a backbone in, frozen or not, and keep it out of the checkpoints if it is frozen."""
+        self.backbone = backbone
+        self.image_processor = image_processor or self.image_processor
+        if self.config.freeze_backbone:
+            backbone.requires_grad_(False)
+        names = [BACKBONE_PREFIX + name for name in backbone.state_dict()]
+        # `save_pretrained` and `Trainer` take exact names here, not patterns.
+        self._frozen_names = set(names)
+        self._pooler_names = {name for name in names if name.startswith(BACKBONE_PREFIX + POOLER_PREFIX)}
+        self._keys_to_ignore_on_save = self._frozen_names if self.config.freeze_backbone else self._pooler_names
+        if backbone.device.type != "meta" and self.head_device.type != "meta":
+            self.head.to(backbone.device)
+        self.train(self.training)
+
+    @property
+    def head_device(self) -> torch.device:
+        return next(self.head.parameters()).device
+
+    def train(self, mode: bool = True) -> ViTForAttentiveLayerFusionClassification:
+        """Set the head's mode; a frozen backbone stays in eval mode (no dropout, drop path or BatchNorm updates)."""
+        super().train(mode)
+        if self.backbone is not None and self.config.freeze_backbone:
+            self.backbone.eval()
+        return self
+
+    # ---- arithmetic --------------------------------------------------------------------------------------------
+
+    def extract_layer_features(
+        self, pixel_values: Tensor, *, bank: TokenBank | None = None, **backbone_kwargs: Any
+    ) -> Tensor:
+        """Run the backbone and return its tokens as they are cached: pooled, not yet normalised.
+
+        Args:
+            pixel_values: `(B, 3, H, W)`.
+            bank: another bank than the config's.
+            backbone_kwargs: passed to the backbone's forward.
+
+        Returns:
+            `(B, N, D)` in the backbone's dtype, without gradient if the backbone is frozen.
+        """
+        if self.backbone is None:
+            raise LayerFusionError("this model holds a head only: load it with from_pretrained(..., backbone=...)")
+        with torch.no_grad() if self.config.freeze_backbone else nullcontext():
+            return read_bank(
+                self.backbone, self.config.layout, bank or self.config.bank, pixel_values, **backbone_kwargs
+            )
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        layer_features: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **backbone_kwargs: Any,
+    ) -> LayerFusionOutput | tuple:
+        """Classify images, or tokens that were extracted before.
+
+        Args:
+            pixel_values: `(B, 3, H, W)`.
+            layer_features: `(B, N, D)` from `extract_layer_features`, instead of `pixel_values`.
+            labels: class indices `(B,)`, or floats `(B, C)` for multi-label, or `(B,)` or `(B, C)` for regression.
+            output_attentions: also return the weight of each token, `(B, num_queries, num_heads, N)`.
+            return_dict: `False` for a tuple.
+            backbone_kwargs: passed to the backbone's forward.
+
+        Raises:
+            LayerFusionError: for both or neither input, tokens of another shape, tokens that are not finite, or
+                labels out of range.
+        """
+        if (pixel_values is None) == (layer_features is None):
+            raise LayerFusionError("give either pixel_values or layer_features, not both and not neither")
+        if layer_features is None:
+            layer_features = self.extract_layer_features(pixel_values, **backbone_kwargs)
+        expected = (len(self.config.bank), self.config.hidden_size)
+        if layer_features.ndim != 3 or tuple(layer_features.shape[1:]) != expected:
+            raise LayerFusionError(
+                f"layer_features has shape {tuple(layer_features.shape)}, but this head reads (batch, {expected[0]}, "
+                f"{expected[1]}): {expected[0]} tokens of width {expected[1]}"
+            )
+        tokens = self._normalise(layer_features)
+        logits, attentions = self.head(tokens, output_attentions=True)
+        if logits.device.type == "cpu" and not torch.isfinite(logits).all():
+            _refuse_bad_tokens(layer_features, self.config.token_names)
+        loss = None if labels is None else self._loss(logits, labels)
+        output = LayerFusionOutput(loss, logits, attentions if output_attentions else None)
+        return output.to_tuple() if return_dict is False else output
+
+    def _normalise(self, layer_features: Tensor) -> Tensor:
+        dtype = next(self.head.parameters()).dtype
+        tokens = layer_features.to(device=self.head_device, dtype=dtype)
+        if self.config.token_normalization == "l2":
+            tokens = F.normalize(tokens, dim=-1)
+        if self.training and self.config.noise_std > 0:
+            noisy = torch.rand(tokens.shape[0], 1, 1, device=tokens.device) < self.config.noise_probability
+            tokens = tokens + noisy * torch.randn_like(tokens) * self.config.noise_std
+        return tokens
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        problem = self.config.problem_type or _guess_problem(self.config.num_labels, labels)
+        labels = labels.to(logits.device)
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        if problem == "regression":
+            return F.mse_loss(logits, labels.to(logits.dtype).view_as(logits))
+        if problem == "multi_label_classification":
+            if labels.shape != logits.shape:
+                raise LayerFusionError(
+                    f"labels of shape {tuple(labels.shape)} do not fit multi-label logits of {tuple(logits.shape)}"
+                )
+            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        check_labels(labels, self.config.num_labels)
+        weights = self.config.class_weights
+        return F.cross_entropy(logits, labels, None if weights is None else logits.new_tensor(weights))
+
+    # ---- files -------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        include_backbone: bool | None = None,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write `config.json`, `model.safetensors`, the image processor and a model card.
+
+        Args:
+            save_directory: folder, created if needed.
+            include_backbone: write the backbone too. By default only an unfrozen one, which nothing else holds.
+            push_to_hub: also push, to `repo_id` or the folder's name.
+            kwargs: for `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            LayerFusionError: if a fine-tuned backbone would be lost.
+        """
+        if include_backbone is None:
+            include_backbone = not self.config.freeze_backbone
+        if not include_backbone and not self.config.freeze_backbone:
+            raise LayerFusionError("this backbone was fine-tuned: saving the head alone would lose it")
+        self.config.includes_backbone = include_backbone
+        self._keys_to_ignore_on_save = self._pooler_names if include_backbone else self._frozen_names
+        if not self.config.freeze_backbone:
+            self.config.backbone_fingerprint = WeightFingerprint.of(self.backbone).to_dict()
+        # Names as they are in memory, so that `Trainer` can read its own checkpoints.
+        kwargs.setdefault("save_original_format", False)
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self._keys_to_ignore_on_save = self._frozen_names if self.config.freeze_backbone else self._pooler_names
+        if kwargs.get("is_main_process", True):
+            if self.image_processor is not None:
+                self.image_processor.save_pretrained(save_directory)
+            card = build_card(self.config, self.training_summary, _count_parameters(self.head))
+            Path(save_directory, "README.md").write_text(str(card), encoding="utf-8")
+        if push_to_hub:
+            self.push_to_hub(repo_id or Path(save_directory).name, include_backbone=include_backbone)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        include_backbone: bool | None = None,
+        commit_message: str = "Upload head",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """Upload what `save_pretrained` writes, in one commit.
+
+        Returns:
+            The address of the commit.
+        """
+        api = HfApi(token=token)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, include_backbone=include_backbone, **kwargs)
+            commit = api.upload_folder(
+                repo_id=repo.repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+            )
+        return commit.commit_url
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *model_args: Any,
+        backbone: str | Path | PreTrainedModel | None = None,
+        verify_backbone: bool = True,
+        config: LayerFusionConfig | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a head and the backbone it was trained on.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder of the head.
+            backbone: use this one (a model in memory, a folder or a Hub id) instead of fetching the pinned one.
+            verify_backbone: `False` turns a mismatch of the backbone's weights from an error into a warning.
+            kwargs: for `PreTrainedModel.from_pretrained`; `dtype`, `device_map`, `token` and the like reach the
+                backbone too.
+
+        Returns:
+            The model in eval mode; with `output_loading_info` also transformers' loading report.
+
+        Raises:
+            LayerFusionError: if the head's tensors do not match its config, or the backbone is not the one the head
+                was trained on.
+        """
+        name = str(pretrained_model_name_or_path)
+        hub_kwargs = {
+            key: kwargs[key]
+            for key in ("revision", "subfolder", *HUB_OPTIONS)
+            if key in kwargs and key != "trust_remote_code"
+        }
+        if not isinstance(config, LayerFusionConfig):
+            config = LayerFusionConfig.from_pretrained(name if config is None else config, **hub_kwargs)
+        check_checkpoint(name, config, hub_kwargs)
+        bundled = config.includes_backbone and backbone is None
+        kwargs.pop("use_safetensors", None)
+        model, info = super().from_pretrained(
+            name,
+            *model_args,
+            config=config,
+            with_backbone=bundled,
+            use_safetensors=True,
+            output_loading_info=True,
+            **kwargs,
+        )
+        lacking = sorted(info["missing_keys"])
+        if lacking:
+            raise LayerFusionError(f"{name} lacks {len(lacking)} tensors of its backbone, such as {lacking[0]}")
+        if bundled:
+            model._verify(model.backbone, verify_backbone)
+        else:
+            opened = _open_pinned(config, backbone, kwargs)
+            model._verify(opened.model, verify_backbone)
+            dtype = kwargs.get("dtype")
+            if isinstance(opened.model, PreTrainedModel) and dtype not in (None, "auto") and backbone is None:
+                opened.model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+            model._attach(opened.model, opened.image_processor)
+        stored = open_image_processor(name, hub_kwargs)
+        model.image_processor = stored or model.image_processor
+        return (model, info) if output_loading_info else model
+
+    def _verify(self, backbone: PreTrainedModel, strict: bool) -> None:
+        if self.config.backbone_fingerprint is None:
+            return
+        pinned = WeightFingerprint.from_dict(self.config.backbone_fingerprint)
+        found = WeightFingerprint.of(backbone)
+        if found.dtype != pinned.dtype:
+            logger.warning(
+                f"this head was trained on a {pinned.dtype} backbone and is given a {found.dtype} one: "
+                "their weights cannot be compared"
+            )
+            return
+        if difference := pinned.difference(found):
+            message = (
+                f"this is not the backbone that the head was trained on ({self.config.backbone_name_or_path}, revision "
+                f"{self.config.backbone_revision}): {difference}"
+            )
+            if strict:
+                raise LayerFusionError(message + "; pass the right one as backbone=, or verify_backbone=False")
+            logger.warning(message)
+
+
+def _label_options(num_labels: int | None, id2label: dict[int, str] | Sequence[str] | None) -> dict[str, Any]:
+    options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    if id2label is not None:
+        names = dict(id2label) if isinstance(id2label, dict) else dict(enumerate(id2label))
+        options |= {"id2label": names, "label2id": {label: index for index, label in names.items()}}
+    return options
+
+
+def _independent_of_backbone(overrides: dict[str, Any]) -> dict[str, Any]:
+    """The overrides that can be checked before the backbone's depth, width and tokens are known."""
+    return {key: value for key, value in overrides.items() if key not in ("layers", "pools", "num_heads")}
+
+
+def _open_pinned(
+    config: LayerFusionConfig, backbone: str | Path | PreTrainedModel | None, kwargs: dict[str, Any]
+) -> OpenedBackbone:
+    source = backbone if backbone is not None else config.backbone_name_or_path
+    if source is None:
+        raise LayerFusionError("this head does not say where its backbone is: pass it as backbone=")
+    if isinstance(source, PreTrainedModel):
+        return open_backbone(source)
+    options = {key: kwargs[key] for key in BACKBONE_OPTIONS if key in kwargs and key != "dtype"}
+    if config.backbone_fingerprint is not None:
+        # Loaded as it was, so that its weights can be compared; cast afterwards.
+        options["dtype"] = getattr(torch, config.backbone_fingerprint["dtype"])
+    return open_backbone(source, revision=config.backbone_revision if backbone is None else None, **options)
+
+
+def _guess_problem(num_labels: int, labels: Tensor) -> str:
+    """As transformers' sequence classifiers do when `problem_type` is not set."""
+    if num_labels == 1:
+        return "regression"
+    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+
+def check_labels(labels: Tensor, num_labels: int) -> None:
+    """Refuse class indices outside 0 to C - 1 (-100 is ignored by the loss).
+
+    Only on CPU: reading them back from a GPU in every step would stall it; collators check there.
+    """
+    if labels.device.type != "cpu" or labels.numel() == 0:
+        return
+    bad = labels[(labels >= num_labels) | ((labels < 0) & (labels != -100))]
+    if bad.numel():
+        raise LayerFusionError(
+            f"label {int(bad.flatten()[0])} is out of range: this head has {num_labels} labels, 0 to {num_labels - 1}"
+        )
+
+
+def _refuse_bad_tokens(layer_features: Tensor, token_names: Sequence[str]) -> None:
+    finite = torch.isfinite(layer_features).all(dim=-1)
+    if not finite.all():
+        row, token = torch.nonzero(~finite)[0].tolist()
+        raise LayerFusionError(
+            f"layer_features holds NaN or infinite values: row {row} of the batch, {token_names[token]}; "
+            "extract the features again in float32 or bfloat16"
+        )
+
+
+def _count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
