@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from .bank import TokenBank, TokenCoordinate
 from .configuration_layer_fusion import LayerFusionConfig
 from .errors import LayerFusionError
+from .features import LayerFeatures, extract_features
 from .heads import AttentiveFusionHead, LinearHead, ScalarMixHead
 from .modeling_layer_fusion import LayerFusionOutput, ViTForAttentiveLayerFusionClassification
 from .recipes import RECIPES, Recipe
@@ -16,6 +17,7 @@ AutoModelForImageClassification.register(LayerFusionConfig, ViTForAttentiveLayer
 __all__ = [
     "RECIPES",
     "AttentiveFusionHead",
+    "LayerFeatures",
     "LayerFusionConfig",
     "LayerFusionError",
     "LayerFusionOutput",
@@ -26,4 +28,5 @@ __all__ = [
     "TokenCoordinate",
     "ViTForAttentiveLayerFusionClassification",
     "__version__",
+    "extract_features",
 ]

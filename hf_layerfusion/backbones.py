@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -208,14 +209,22 @@ def open_image_processor(name: str, hub_kwargs: dict[str, Any]) -> Any | None:
     except (OSError, ValueError):
         return None  # weights without a processor: the caller says how images become pixel_values
     except ImportError:
-        # DINOv3's processor, among others, exists only for torchvision. The PIL processor of ViT takes the same
-        # settings and differs by rounding only.
-        settings, _ = ViTImageProcessorPil.get_image_processor_dict(name, **hub_kwargs)
-        logger.warning(
-            f"{settings.get('image_processor_type')} needs torchvision, which is not installed: "
-            "ViTImageProcessorPil stands in with the same settings"
-        )
-        return ViTImageProcessorPil(**{k: v for k, v in settings.items() if k in _VIT_PROCESSOR_SETTINGS})
+        return _pil_processor(name, hub_kwargs)
+
+
+def _pil_processor(name: str, hub_kwargs: dict[str, Any]) -> Any:
+    """The processor's PIL variant where torchvision is missing.
+
+    Some types (DINOv3's, for one) exist for torchvision only. ViT's PIL processor takes the same settings; what it
+    computes differs by rounding.
+    """
+    settings, _ = ViTImageProcessorPil.get_image_processor_dict(name, **hub_kwargs)
+    type_name = str(settings.get("image_processor_type")).removesuffix("Fast")
+    pil_class = getattr(transformers, type_name + "Pil", None)
+    if pil_class is not None:
+        return pil_class.from_dict(settings)
+    logger.warning(f"{type_name} needs torchvision, which is not installed: ViTImageProcessorPil stands in for it")
+    return ViTImageProcessorPil(**{k: v for k, v in settings.items() if k in _VIT_PROCESSOR_SETTINGS})
 
 
 def describe_backbone(backbone: PreTrainedModel) -> TokenLayout:

@@ -44,9 +44,7 @@ def resolve_layers(spec: LayerSpec, num_layers: int) -> list[int]:
     Raises:
         LayerFusionError: if a layer does not exist, is named twice, or the spec is not understood.
     """
-    legal = (
-        f"choose from 0 (the embedding output) to {num_layers}, or from -{num_layers} to -1 to count from the end"
-    )
+    legal = f"choose from 0 (the embedding output) to {num_layers}, or from -{num_layers} to -1 to count from the end"
     if spec is None or spec == "all":
         return list(range(1, num_layers + 1))
     if spec == "last":
@@ -94,9 +92,7 @@ class TokenBank:
     coordinates: tuple[TokenCoordinate, ...]
 
     @classmethod
-    def build(
-        cls, layers: Sequence[int], modules: Sequence[str], pools: Sequence[str], num_layers: int
-    ) -> TokenBank:
+    def build(cls, layers: Sequence[int], modules: Sequence[str], pools: Sequence[str], num_layers: int) -> TokenBank:
         """All combinations that exist: layer 0 has only its output, and only the last layer has a final norm."""
         taps = [
             (layer, module)

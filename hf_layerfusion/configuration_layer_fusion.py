@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -87,6 +88,8 @@ class LayerFusionConfig(PreTrainedConfig):
             raise LayerFusionError(f"problem_type {self.problem_type!r} is unknown: choose from {PROBLEM_TYPES}")
         _check_label_maps(self.id2label, self.label2id, kwargs.get("num_labels"))
         self.backbone_config = _as_config(self.backbone_config)
+        # The parent hands its attention implementation down, so without this it would reset the backbone's to None.
+        kwargs.setdefault("attn_implementation", self.backbone_config._attn_implementation)
         super().__post_init__(**kwargs)
         self._fill_from_recipe(RECIPES[self.recipe])
         self._check_values()
@@ -166,7 +169,7 @@ class LayerFusionConfig(PreTrainedConfig):
 
 def _as_config(value: dict | PreTrainedConfig | None) -> PreTrainedConfig:
     if isinstance(value, PreTrainedConfig):
-        return value
+        return deepcopy(value)  # a live model's config must not change with ours
     values = dict(value or {"model_type": "vit"})
     model_type = values.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
-from copy import deepcopy
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -136,10 +135,8 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         LayerFusionConfig(recipe=recipe, **labels, **_independent_of_backbone(overrides))
         opened = open_backbone(backbone, revision=revision, image_processor=image_processor, **loading)
         layout = describe_backbone(opened.model)
-        backbone_config = deepcopy(opened.model.config)  # the model's own must not change when ours is edited
         config = LayerFusionConfig(
-            backbone_config=backbone_config,
-            attn_implementation=backbone_config._attn_implementation,
+            backbone_config=opened.model.config,
             backbone_name_or_path=opened.name_or_path,
             backbone_revision=opened.revision,
             backbone_fingerprint=WeightFingerprint.of(opened.model).to_dict(),

@@ -1,0 +1,1 @@
+"""The command line: `layerfusion extract | train | evaluate | predict | explain | info`."""

@@ -8,8 +8,6 @@ from .linear import LinearHead
 from .scalar_mix import ScalarMixHead
 
 
-
-
 def build_head(config) -> nn.Module:
     """The head that a `LayerFusionConfig` describes, freshly initialised."""
     shape = {"hidden_size": config.hidden_size, "num_tokens": len(config.bank), "num_labels": config.num_labels}

@@ -1,0 +1,207 @@
+"""The main job, end to end, on a real pretrained backbone and real images, without a model hub.
+
+Extracts every layer once, trains three heads on the same features (linear on the last CLS token, linear on all layers,
+Attentive Layer Fusion), compares them on held-out images, saves the ALF head, loads it back through `pipeline`,
+classifies pictures with it and draws which layers it attends to.
+
+    python examples/demo.py --backbone DIR [--dataset PATH_OR_HUB_ID] [--output_dir outputs/demo]
+
+With a hub at hand the same road is `layerfusion train --backbone facebook/dinov2-small --dataset ...`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features
+from datasets import Image as ImageFeature
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from transformers import AutoModelForImageClassification, pipeline, set_seed
+from transformers.utils import logging
+
+from hf_layerfusion import LayerFeatures, ViTForAttentiveLayerFusionClassification, extract_features
+from hf_layerfusion.analysis import summarise_attentions
+from hf_layerfusion.analysis.plots import plot_attention
+from hf_layerfusion.data import (
+    find_image_column,
+    find_label_column,
+    label_options,
+    open_dataset,
+    resize_processor,
+    with_test_split,
+)
+from hf_layerfusion.training import build_trainer
+
+RECIPES = ("linear-last", "linear-all", "alf")
+LEARNING_RATES = (1.0, 1e-1, 1e-2)
+SEEDS = (0, 1, 2)
+
+
+def digits() -> DatasetDict:
+    """scikit-learn's handwritten digits (1797 images of 8 x 8, BSD), 30 % held out, stratified."""
+    data = load_digits()
+    pictures = [Image.fromarray(np.uint8(image * 255 / 16)) for image in data.images]
+    rows = np.arange(len(pictures))
+    train, test = train_test_split(rows, test_size=0.3, random_state=0, stratify=data.target)
+    features = Features(
+        {"image": ImageFeature(), "label": ClassLabel(names=[str(name) for name in data.target_names])}
+    )
+    return DatasetDict(
+        {
+            split: Dataset.from_dict(
+                {"image": [pictures[i] for i in index], "label": data.target[index].tolist()}, features=features
+            )
+            for split, index in (("train", train), ("test", test))
+        }
+    )
+
+
+def train_head(
+    model: ViTForAttentiveLayerFusionClassification,
+    recipe: str,
+    train: LayerFeatures,
+    test: LayerFeatures,
+    learning_rate: float,
+    seed: int,
+) -> tuple[ViTForAttentiveLayerFusionClassification, float, float]:
+    """Train one head; returns it with its balanced accuracy on `test`, in percent, and the seconds it took."""
+    set_seed(seed)
+    head = ViTForAttentiveLayerFusionClassification.from_backbone(
+        model.backbone,
+        recipe=recipe,
+        id2label=model.config.id2label,
+        problem_type="single_label_classification",
+        revision=model.config.backbone_revision,
+        image_processor=model.image_processor,
+    )
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer(
+            head,
+            train,
+            folder,
+            eval_features=test,
+            learning_rate=learning_rate,
+            seed=seed,
+            use_cpu=not torch.cuda.is_available(),
+            disable_tqdm=True,
+            logging_strategy="no",
+        )
+        trainer.train()
+        accuracy = trainer.evaluate()["eval_balanced_accuracy"]
+    return head, 100 * accuracy, time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", required=True, help="Hub id or folder of a vision model")
+    parser.add_argument("--dataset", default="digits", help="'digits', a Hub id, an image folder or a saved dataset")
+    parser.add_argument("--image_size", type=int, default=112, help="pixels")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    started = time.perf_counter()
+
+    splits = digits() if arguments.dataset == "digits" else open_dataset(arguments.dataset)
+    image_column = find_image_column(splits["train"])
+    label_column = find_label_column(splits["train"])
+    splits = with_test_split(splits, label_column)
+
+    # One model reads all the tokens that the three recipes need, in one pass over the images.
+    model = ViTForAttentiveLayerFusionClassification.from_backbone(
+        arguments.backbone, modules=["block", "final_norm"], **label_options(splits["train"], label_column)
+    )
+    model.image_processor = resize_processor(model.image_processor, arguments.image_size)
+    features = {
+        split: extract_features(
+            model,
+            splits[split],
+            arguments.output_dir / "features" / split,
+            image_column=image_column,
+            label_column=label_column,
+            overwrite=True,
+        )
+        for split in ("train", "test")
+    }
+    print(f"{len(features['train'])} training and {len(features['test'])} test images, ", end="")
+    print(f"{len(features['train'].bank)} tokens each, after {time.perf_counter() - started:.0f} s")
+
+    # The learning rate is chosen on a fifth of the training images; the test images are looked at once per head.
+    fit, validation = features["train"].train_test_split(test_size=0.2, seed=0)
+    table = []
+    for recipe in RECIPES:
+        start = time.perf_counter()
+        on_validation = {rate: train_head(model, recipe, fit, validation, rate, 0)[1] for rate in LEARNING_RATES}
+        rate = max(on_validation, key=on_validation.get)
+        runs = [train_head(model, recipe, features["train"], features["test"], rate, seed) for seed in SEEDS]
+        head = runs[0][0]
+        accuracies = [run[1] for run in runs]
+        size = sum(parameter.numel() * parameter.element_size() for parameter in head.head.parameters())
+        table.append(
+            {
+                "recipe": recipe,
+                "learning rate": rate,
+                "balanced accuracy": float(np.mean(accuracies)),
+                "spread over seeds": float(np.std(accuracies, ddof=1)),
+                "seconds per head": float(np.mean([run[2] for run in runs])),
+                "head MB": size / 1e6,
+            }
+        )
+        print(f"{recipe}: {len(LEARNING_RATES)} + {len(SEEDS)} heads in {time.perf_counter() - start:.0f} s")
+    print(f"\n{'recipe':<14}{'balanced test accuracy':>24}{'lr':>8}{'s per head':>12}{'head MB':>9}")
+    for row in table:
+        accuracy = f"{row['balanced accuracy']:.2f} ± {row['spread over seeds']:.2f} %"
+        print(
+            f"{row['recipe']:<14}{accuracy:>24}{row['learning rate']:>8g}"
+            f"{row['seconds per head']:>12.1f}{row['head MB']:>9.2f}"
+        )
+
+    # Keep the ALF head, and load it back by name.
+    head.training_summary = {
+        "dataset": arguments.dataset,
+        "split": "test",
+        "metrics": {"balanced_accuracy": accuracies[0] / 100},
+        "hyperparameters": {"learning rate": rate, "seed": SEEDS[0], "training images": len(features["train"])},
+    }
+    folder = arguments.output_dir / "alf-head"
+    shutil.rmtree(folder, ignore_errors=True)
+    head.save_pretrained(folder)
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    reloaded = AutoModelForImageClassification.from_pretrained(folder)
+    pictures = splits["test"].select(range(8))
+    pixel_values = model.image_processor(
+        images=[picture.convert("RGB") for picture in pictures[image_column]], return_tensors="pt"
+    )["pixel_values"]
+    with torch.no_grad():
+        difference = (reloaded(pixel_values).logits - head.cpu().eval()(pixel_values).logits).abs().max().item()
+    print(f"\nsaved to {folder}: {size:.1f} MB; logits of the reloaded head differ by at most {difference:.1e}")
+    if difference > 1e-5:
+        raise SystemExit("the reloaded head is not the one that was saved")
+
+    classify = pipeline("image-classification", model=str(folder))
+    names = splits["train"].features[label_column].names
+    for picture, label in zip(pictures[image_column][:5], pictures[label_column][:5], strict=True):
+        best = classify(picture, top_k=1)[0]
+        print(f"a picture of {names[label]!r}: {best['label']!r} ({best['score']:.3f})")
+
+    summary = summarise_attentions(head, features["test"].select_bank(head.config.bank).batches(256))
+    plot_attention(summary, arguments.output_dir / "layer_attention.png", "Layer attention of the ALF head")
+    summary.save_json(arguments.output_dir / "layer_attention.json")
+    (arguments.output_dir / "results.json").write_text(json.dumps(table, indent=1))
+    print(
+        f"heatmap: {arguments.output_dir / 'layer_attention.png'}; all done in {time.perf_counter() - started:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Open labelled images: a Hub dataset, a saved dataset, or a folder of pictures."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
+from transformers.utils import logging
+
+from .errors import LayerFusionError
+
+logger = logging.get_logger(__name__)
+
+# Split names that mean the same, first the one this library uses.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing"),
+}
+# Images that a saved dataset and an image folder may be told apart by.
+_SAVED_DATASET_FILES = ("dataset_dict.json", "state.json")
+
+
+def open_dataset(source: str | Path, *, name: str | None = None, revision: str | None = None) -> DatasetDict:
+    """Open a dataset with all its splits.
+
+    Args:
+        source: a folder written by `save_to_disk`, a folder of images (`folder/class/picture.png`, or with `train/`
+            and `test/` above), or a Hub id.
+        name: configuration of a Hub dataset.
+        revision: branch, tag or commit of a Hub dataset.
+
+    Raises:
+        LayerFusionError: if it cannot be found or holds no images.
+    """
+    folder = Path(source)
+    try:
+        if any((folder / file).is_file() for file in _SAVED_DATASET_FILES):
+            opened = load_from_disk(str(folder))
+        elif folder.is_dir():
+            opened = load_dataset("imagefolder", data_dir=str(folder))
+        else:
+            opened = load_dataset(str(source), name, revision=revision)
+    except (OSError, ValueError, ConnectionError) as error:
+        kind = "holds no images and no saved dataset" if folder.is_dir() else "is neither a folder nor a Hub dataset"
+        raise LayerFusionError(f"dataset {str(source)!r} {kind} that can be opened: {error}") from error
+    splits = DatasetDict({"train": opened}) if isinstance(opened, Dataset) else opened
+    renamed = DatasetDict()
+    for split, rows in splits.items():
+        ours = next((ours for ours, names in SPLIT_NAMES.items() if split in names), split)
+        renamed[ours] = rows
+    return renamed
+
+
+def find_image_column(dataset: Dataset, image_column: str | None = None) -> str:
+    """The image column: the one named, or the only one that holds images.
+
+    Raises:
+        LayerFusionError: naming the columns there are.
+    """
+    if image_column is not None:
+        return _existing(dataset, image_column, "image_column")
+    columns = [column for column, feature in dataset.features.items() if isinstance(feature, Image)]
+    if len(columns) != 1:
+        raise LayerFusionError(
+            f"the dataset has {len(columns)} image columns among {dataset.column_names}: name one with image_column"
+        )
+    return columns[0]
+
+
+def find_label_column(dataset: Dataset, label_column: str | None = None) -> str:
+    """The label column: the one named, `label` or `labels`, or the only one that holds classes.
+
+    Raises:
+        LayerFusionError: naming the columns there are.
+    """
+    if label_column is not None:
+        return _existing(dataset, label_column, "label_column")
+    for column in ("label", "labels"):
+        if column in dataset.column_names:
+            return column
+    columns = [column for column, feature in dataset.features.items() if isinstance(feature, ClassLabel)]
+    if len(columns) != 1:
+        raise LayerFusionError(
+            f"the dataset has no column 'label' among {dataset.column_names}: name the labels with label_column"
+        )
+    return columns[0]
+
+
+def _existing(dataset: Dataset, column: str, option: str) -> str:
+    if column not in dataset.column_names:
+        raise LayerFusionError(f"{option}={column!r} is not in the dataset: its columns are {dataset.column_names}")
+    return column
+
+
+def encode_labels(splits: DatasetDict, label_column: str) -> DatasetDict:
+    """Turn text labels into class indices, the same in all splits; other labels are left alone."""
+    feature = splits["train"].features[label_column]
+    if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string")):
+        return splits
+    names = sorted({label for rows in splits.values() for label in rows.unique(label_column)})
+    classes = ClassLabel(names=names)
+
+    def encode(batch: dict[str, list]) -> dict[str, list]:
+        return {label_column: classes.str2int(batch[label_column])}
+
+    features = splits["train"].features.copy()
+    features[label_column] = classes
+    return DatasetDict({split: rows.map(encode, batched=True, features=features) for split, rows in splits.items()})
+
+
+def label_options(dataset: Dataset, label_column: str) -> dict[str, Any]:
+    """`num_labels` or `id2label`, and `problem_type`, for `from_backbone`, read off the labels.
+
+    Raises:
+        LayerFusionError: if they are neither class indices, floats, nor lists of them.
+    """
+    feature = dataset.features[label_column]
+    if isinstance(feature, ClassLabel):
+        return {"id2label": list(feature.names), "problem_type": "single_label_classification"}
+    labels = dataset.select_columns([label_column])[label_column][:]
+    if isinstance(feature, Value) and feature.dtype.startswith(("int", "uint")):
+        return {"num_labels": max(labels) + 1, "problem_type": "single_label_classification"}
+    if isinstance(feature, Value) and feature.dtype.startswith("float"):
+        return {"num_labels": 1, "problem_type": "regression"}
+    if labels and isinstance(labels[0], list):
+        return {"num_labels": len(labels[0]), "problem_type": "multi_label_classification"}
+    raise LayerFusionError(f"label column {label_column!r} holds {feature}, which is neither classes nor numbers")
+
+
+def with_test_split(splits: DatasetDict, label_column: str, *, seed: int = 0, test_size: float = 0.2) -> DatasetDict:
+    """The same splits; where there is no test split, a fifth of the training rows, stratified by class, becomes one.
+
+    Raises:
+        LayerFusionError: if there is no training split.
+    """
+    if "train" not in splits:
+        raise LayerFusionError(f"the dataset has no split 'train', only {list(splits)}")
+    if "test" in splits:
+        return splits
+    is_classes = isinstance(splits["train"].features[label_column], ClassLabel)
+    try:
+        parts = splits["train"].train_test_split(
+            test_size=test_size, seed=seed, stratify_by_column=label_column if is_classes else None
+        )
+    except ValueError as error:
+        raise LayerFusionError(
+            f"the dataset has no test split, and its {len(splits['train'])} training rows cannot be split: {error}"
+        ) from error
+    logger.warning(f"the dataset has no test split: {test_size:.0%} of the training rows are held out (seed {seed})")
+    return DatasetDict({**splits, "train": parts["train"], "test": parts["test"]})
+
+
+def resize_processor(processor: Any, image_size: int) -> Any:
+    """A copy of an image processor that gives `image_size` x `image_size` pixels.
+
+    Where it resizes and then crops, both change by the same factor.
+    """
+    resized = deepcopy(processor)
+    crop = getattr(processor, "crop_size", None)
+    old = dict(processor.size)
+    if getattr(processor, "do_center_crop", False) and crop:
+        factor = image_size / dict(crop)["height"]
+        resized.crop_size = type(crop)(height=image_size, width=image_size)
+        new = {key: round(value * factor) for key, value in old.items() if isinstance(value, int)}
+    else:
+        new = {"height": image_size, "width": image_size}
+    resized.size = type(processor.size)(**new)
+    return resized

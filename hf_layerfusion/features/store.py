@@ -1,0 +1,271 @@
+"""`LayerFeatures`: a feature cache as a dataset, read without copies from memory-mapped Arrow files."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, concatenate_datasets
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from ..bank import TokenBank
+from ..errors import LayerFusionError
+from .manifest import Manifest
+
+FEATURES_COLUMN = "layer_features"
+LABEL_COLUMN = "label"
+
+
+class LayerFeatures(torch.utils.data.Dataset):
+    """Tokens `(rows, N, D)` and labels, as a map-style dataset that `Trainer` and `DataLoader` read directly.
+
+    Rows are `{"layer_features": (N, D) tensor, "labels": int}`. Open one with [`LayerFeatures.open`], or get one from
+    [`extract_features`].
+
+    Attributes:
+        manifest: what the files hold and what shaped them.
+        bank: coordinates of the N axis, after `select`.
+        labels: of the rows in view, as a numpy array; `None` if there are none.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        manifest: Manifest,
+        bank: TokenBank | None = None,
+        rows: np.ndarray | None = None,
+    ):
+        self.manifest = manifest
+        self.bank = manifest.token_bank if bank is None else bank
+        self._dataset = dataset
+        self._rows = np.arange(len(dataset)) if rows is None else np.asarray(rows, dtype=np.int64)
+        self._tokens = manifest.token_bank.positions_of(self.bank)
+        self._takes_all_tokens = self._tokens == list(range(len(manifest.token_bank)))
+        self._chunks = _map_chunks(dataset, len(manifest.token_bank), manifest.hidden_size)
+        self._starts = np.cumsum([0] + [len(chunk) for chunk in self._chunks])
+        has_labels = LABEL_COLUMN in dataset.column_names
+        self.labels = _read_labels(dataset)[self._rows] if has_labels else None
+
+    @classmethod
+    def open(cls, folder: str | Path, *, verify: bool = False) -> LayerFeatures:
+        """Open a finished cache.
+
+        Args:
+            folder: what `extract_features` wrote to.
+            verify: also compare every shard's checksum, which reads all of it.
+
+        Raises:
+            LayerFusionError: if the cache is unfinished, truncated or foreign.
+        """
+        folder = Path(folder)
+        manifest = Manifest.load(folder)
+        if not manifest.is_complete:
+            raise LayerFusionError(
+                f"the feature cache {folder} is unfinished: {manifest.rows_done} of {manifest.num_rows} rows. "
+                "Run the same extraction again, it goes on where it stopped"
+            )
+        manifest.check_files(folder, checksums=verify)
+        dataset = concatenate_datasets([Dataset.from_file(str(folder / shard.file)) for shard in manifest.shards])
+        if len(dataset) != manifest.num_rows:
+            raise LayerFusionError(f"the shards of {folder} hold {len(dataset)} rows instead of {manifest.num_rows}")
+        return cls(dataset, manifest)
+
+    @property
+    def dataset(self) -> Dataset:
+        """The rows in view as a `datasets.Dataset` with the columns `layer_features` and `label`.
+
+        Of the whole bank, `layer_features` is the flat column of `N * D` numbers; of a selection, it is `(N, D)`.
+        """
+        whole = len(self._rows) == len(self._dataset) and (self._rows == np.arange(len(self._rows))).all()
+        dataset = self._dataset if whole else self._dataset.select(self._rows)
+        if self._takes_all_tokens:
+            return dataset
+        shape = (-1, len(self.manifest.token_bank), self.hidden_size)
+
+        def select_tokens(batch: dict[str, Any]) -> dict[str, Any]:
+            flat = np.asarray(batch[FEATURES_COLUMN], dtype=self.manifest.dtype)
+            return {**batch, FEATURES_COLUMN: torch.from_numpy(flat.reshape(shape)[:, self._tokens])}
+
+        return dataset.with_transform(select_tokens)
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.manifest.hidden_size
+
+    @property
+    def token_names(self) -> list[str]:
+        return self.bank.names
+
+    @property
+    def label_names(self) -> list[str] | None:
+        return self.manifest.label_names
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that shaped the tokens."""
+        return self.manifest.ingredients
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Several rows in one gather; `DataLoader` calls this."""
+        tokens = self._gather(self._rows[np.asarray(indices, dtype=np.int64)])
+        if self.labels is None:
+            return [{FEATURES_COLUMN: row} for row in tokens]
+        labels = self.labels[np.asarray(indices, dtype=np.int64)].tolist()
+        return [{FEATURES_COLUMN: row, "labels": label} for row, label in zip(tokens, labels, strict=True)]
+
+    def batches(
+        self, batch_size: int, *, shuffle: bool = False, seed: int = 0, drop_last: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
+        """Go through all rows once.
+
+        Args:
+            batch_size: B; the last batch may be smaller.
+            shuffle: in random order, the same for the same seed.
+            drop_last: leave out a smaller last batch.
+
+        Yields:
+            `{"layer_features": (B, N, D), "labels": (B, ...)}`. Unshuffled batches of the whole bank are views of the
+            file: do not write to them.
+        """
+        order = np.arange(len(self))
+        if shuffle:
+            order = np.random.default_rng(seed).permutation(order)
+        for start in range(0, len(order), batch_size):
+            index = order[start : start + batch_size]
+            if drop_last and len(index) < batch_size:
+                return
+            batch = {FEATURES_COLUMN: self._gather(self._rows[index])}
+            if self.labels is not None:
+                batch["labels"] = torch.from_numpy(self.labels[index])
+            yield batch
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All rows in view as one batch, in memory."""
+        return next(self.batches(max(len(self), 1)))
+
+    def _gather(self, rows: np.ndarray) -> Tensor:
+        first, last = (rows[0], rows[-1]) if len(rows) else (0, 0)
+        chunk = int(np.searchsorted(self._starts, first, side="right")) - 1
+        in_one_chunk = last < self._starts[chunk + 1]
+        if in_one_chunk and last - first == len(rows) - 1 and (np.diff(rows) == 1).all():
+            offset = first - self._starts[chunk]
+            view = self._chunks[chunk][offset : offset + len(rows)]
+            return view if self._takes_all_tokens else view[:, self._tokens]
+        gathered = self._chunks[0].new_empty(len(rows), len(self.bank), self.hidden_size)
+        chunk_of_row = np.searchsorted(self._starts, rows, side="right") - 1
+        for chunk in np.unique(chunk_of_row):
+            wanted = np.flatnonzero(chunk_of_row == chunk)
+            local = torch.from_numpy(rows[wanted] - self._starts[chunk])
+            source = self._chunks[chunk]
+            if self._takes_all_tokens:
+                picked = source.index_select(0, local)
+            else:
+                picked = source[local[:, None], torch.tensor(self._tokens)]
+            gathered[torch.from_numpy(wanted)] = picked
+        return gathered
+
+    def select(
+        self,
+        layers: Sequence[int] | None = None,
+        modules: Sequence[str] | None = None,
+        pools: Sequence[str] | None = None,
+    ) -> LayerFeatures:
+        """The same rows with fewer tokens, chosen by coordinate; nothing is copied.
+
+        Raises:
+            LayerFusionError: if a coordinate is not in the bank.
+        """
+        return self.select_bank(self.bank.select(layers, modules, pools))
+
+    def select_bank(self, bank: TokenBank) -> LayerFeatures:
+        """The same rows with exactly the tokens of another bank, such as `model.config.bank`, in its order.
+
+        Raises:
+            LayerFusionError: naming the tokens that are not in this cache.
+        """
+        self.bank.positions_of(bank)
+        return LayerFeatures(self._dataset, self.manifest, bank, self._rows)
+
+    def select_rows(self, indices: Sequence[int] | np.ndarray) -> LayerFeatures:
+        """The same tokens for fewer rows, in the order given; nothing is copied."""
+        return LayerFeatures(self._dataset, self.manifest, self.bank, self._rows[np.asarray(indices, dtype=np.int64)])
+
+    def train_test_split(self, test_size: float | int, seed: int = 0) -> tuple[LayerFeatures, LayerFeatures]:
+        """Split the rows, stratified by label where the labels are classes.
+
+        Raises:
+            LayerFusionError: if a class is too small to be split.
+        """
+        is_classes = self.labels is not None and self.labels.ndim == 1 and self.labels.dtype.kind in "iu"
+        try:
+            train, test = train_test_split(
+                np.arange(len(self)),
+                test_size=test_size,
+                random_state=seed,
+                stratify=self.labels if is_classes else None,
+            )
+        except ValueError as error:
+            raise LayerFusionError(f"{len(self)} rows cannot be split with test_size={test_size}: {error}") from error
+        return self.select_rows(np.sort(train)), self.select_rows(np.sort(test))
+
+    def check(self, num_labels: int | None = None) -> None:
+        """Read everything once and refuse tokens that are not finite, and labels out of range.
+
+        Raises:
+            LayerFusionError: naming the first bad row.
+        """
+        position = 0
+        for batch in self.batches(1024):
+            finite = torch.isfinite(batch[FEATURES_COLUMN]).all(dim=-1)
+            if not finite.all():
+                row, token = torch.nonzero(~finite)[0].tolist()
+                raise LayerFusionError(
+                    f"row {position + row} of the features holds NaN or infinite values ({self.token_names[token]}): "
+                    "extract again with dtype='float32'"
+                )
+            position += len(finite)
+        if num_labels is not None and self.labels is not None and self.labels.dtype.kind in "iu" and len(self):
+            bad = np.flatnonzero((self.labels < 0) | (self.labels >= num_labels))
+            if len(bad):
+                raise LayerFusionError(
+                    f"row {bad[0]} has label {self.labels.flat[bad[0]]}, but there are {num_labels} labels, "
+                    f"0 to {num_labels - 1}"
+                )
+
+    def __repr__(self) -> str:
+        return f"LayerFeatures(rows={len(self)}, tokens={len(self.bank)}, hidden_size={self.hidden_size})"
+
+
+def _map_chunks(dataset: Dataset, num_tokens: int, hidden_size: int) -> list[Tensor]:
+    """One `(rows, N, D)` tensor per Arrow chunk, each a view of the memory-mapped file."""
+    chunks = []
+    for chunk in dataset.data.column(FEATURES_COLUMN).chunks:
+        # `flatten`, unlike `values`, respects the chunk's offset.
+        flat = chunk.flatten().to_numpy(zero_copy_only=True)
+        if flat.size != len(chunk) * num_tokens * hidden_size:
+            raise LayerFusionError(
+                f"the features are {flat.size // max(len(chunk), 1)} numbers a row, but their manifest says "
+                f"{num_tokens} tokens of width {hidden_size}: the cache does not belong to its manifest"
+            )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            chunks.append(torch.from_numpy(flat.reshape(len(chunk), num_tokens, hidden_size)))
+    return chunks
+
+
+def _read_labels(dataset: Dataset) -> np.ndarray:
+    column = dataset.data.column(LABEL_COLUMN)
+    labels = np.asarray(column.to_pylist())
+    return labels.astype(np.float32) if labels.dtype.kind == "f" else labels.astype(np.int64)

@@ -1,0 +1,128 @@
+"""Decode pictures of any mode into the RGB pixels that transformers' pipelines see."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from .errors import LayerFusionError
+
+Result = TypeVar("Result")
+
+
+def decode_image(value: Any, where: str) -> Image.Image:
+    """Decode one picture.
+
+    Modes of 8 bits (grey, palette, alpha, CMYK, ...) go the way of `transformers.image_utils.load_image`: turned
+    upright by their EXIF tag, then converted to RGB. Modes of 16 bits are scaled to 8 first, because Pillow's own
+    conversion cuts every value off at 255, which leaves an all but white picture.
+
+    Args:
+        value: a `PIL` image, a path, bytes, or the `{"bytes": ..., "path": ...}` of `datasets.Image(decode=False)`.
+        where: names the picture in errors, such as `row 17 (cats/17.png)`.
+
+    Raises:
+        LayerFusionError: if there is no picture, or it is corrupt or truncated.
+    """
+
+    def decode(image: Image.Image) -> Image.Image:
+        return _to_8_bits(ImageOps.exif_transpose(image)).convert("RGB")
+
+    return _read(value, where, decode)
+
+
+def check_image(value: Any, where: str) -> None:
+    """Read a picture's header, and of formats with checksums all of it, without decoding pixels.
+
+    A `PIL` image has been opened already and is taken as it is.
+
+    Args:
+        value: as for [`decode_image`].
+        where: names the picture in errors.
+
+    Raises:
+        LayerFusionError: if there is no picture, or it is visibly corrupt.
+    """
+    if not isinstance(value, Image.Image):
+        _read(value, where, lambda image: image.verify())
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """All pictures in a folder and the folders below it, sorted, told by the extensions that Pillow can read.
+
+    Hidden files are left out: macOS leaves `._picture.jpg` beside each picture on foreign disks.
+
+    Raises:
+        LayerFusionError: if there is no such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise LayerFusionError(f"no such folder: {folder}")
+    readable = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in readable
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+
+
+def _read(value: Any, where: str, use: Callable[[Image.Image], Result]) -> Result:
+    try:
+        with _opened(value, where) as image:
+            return use(image)
+    except LayerFusionError as error:
+        raise LayerFusionError(f"{where}: {error}") from error
+    except FileNotFoundError as error:
+        raise LayerFusionError(f"{where}: there is no file {error.filename}: check the path") from error
+    except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error on broken data
+        reason = str(error) or type(error).__name__
+        raise LayerFusionError(f"{where} is not a readable image ({reason}): remove or replace the file") from error
+
+
+@contextmanager
+def _opened(value: Any, where: str) -> Iterator[Image.Image]:
+    if isinstance(value, dict):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, Image.Image):
+        yield value  # the caller's, so it stays open
+    elif isinstance(value, str | Path | bytes):
+        with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
+            yield image
+    else:
+        raise LayerFusionError(
+            f"found {type(value).__name__} instead of an image: give a PIL image, a path, bytes, or a dict of them"
+        )
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale modes of more than 8 bits to `L`; other images come back as they are.
+
+    The high byte (`>> 8`) is what Pillow keeps of 16-bit RGB files too. It gives an 8-bit picture back exactly,
+    whether it was widened by repeating its byte (x 257) or by a shift (x 256), which division by 257 would not.
+    Modes `I` and `F` do not say their range, so it is read off the values.
+    """
+    if not (image.mode.startswith("I;16") or image.mode in ("I", "F")):
+        return image
+    values = np.asarray(image)
+    low, high = (values.min(), values.max()) if values.size else (0, 0)
+    if not (low >= 0 and high <= 65535):  # so written, NaN is refused too
+        raise LayerFusionError(
+            f"pixels of mode {image.mode} range from {low} to {high}, which is no 8-bit or 16-bit picture: "
+            "rescale it to 0 to 255"
+        )
+    if image.mode == "F" and high <= 1:
+        values = values * 255
+    elif image.mode.startswith("I;16") or high > 255:
+        values = values.astype(np.uint16) >> 8
+    return Image.fromarray(values.astype(np.uint8))
+
+
+__all__ = ["check_image", "decode_image", "find_images"]

