@@ -197,8 +197,8 @@ def _mismatched_names(info: dict[str, Any]) -> list[str]:
 
 def pooler_kwargs(config: Any) -> dict[str, bool]:
     """`{"add_pooling_layer": False}` where the model class takes it."""
-    model_class = MODEL_MAPPING.get(type(config), None)
-    takes = model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    model_class: Any = MODEL_MAPPING.get(type(config), None)
+    takes = model_class is not None and "add_pooling_layer" in inspect.signature(model_class).parameters
     return {"add_pooling_layer": False} if takes else {}
 
 
@@ -258,7 +258,8 @@ def describe_backbone(backbone: PreTrainedModel) -> TokenLayout:
     if kinds == {4}:
         votes = sum(shape[1] == shape[2] != shape[3] for shape in shapes.values())
         kind = "channels_last" if 2 * votes > len(shapes) else "channels_first"
-        return TokenLayout(kind, [shapes[i][3 if kind == "channels_last" else 1] for i in sorted(shapes)])
+        axis = 3 if kind == "channels_last" else 1
+        return TokenLayout(kind, tuple(shapes[layer][axis] for layer in sorted(shapes)))
     raise LayerFusionError(
         f"the hidden states of {type(backbone).__name__} have shapes {sorted(set(shapes.values()))}, "
         "neither tokens (B, T, D) nor maps: this backbone is not supported yet"
@@ -285,7 +286,7 @@ def _describe_tokens(
             f"cannot tell the patch tokens of {type(backbone).__name__}: its hidden states have shapes "
             f"{list(shapes.values())[:3]} and {len(special)} special tokens; this backbone is not supported yet"
         )
-    return TokenLayout("tokens", widths, special)
+    return TokenLayout("tokens", tuple(widths), tuple(special))
 
 
 def _probe_images(backbone: PreTrainedModel) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -54,22 +54,32 @@ class LayerFusionConfig(PreTrainedConfig):
         LayerFusionError: for any value that cannot work.
     """
 
+    if TYPE_CHECKING:  # never None after construction, unlike in the parent's annotations
+        num_labels: int = 2  # type: ignore[assignment]
+        id2label: dict[int, str] = {}
+        backbone_config: PreTrainedConfig
+        token_layout: dict[str, Any]
+        layers: list[int]
+        modules: list[str]
+        pools: list[str]
+        head_type: str
+
     model_type = "layer_fusion"
     sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012 (transformers' own convention)
 
-    backbone_config: dict | PreTrainedConfig | None = None
+    backbone_config: dict | PreTrainedConfig | None = None  # type: ignore[no-redef]
     backbone_name_or_path: str | None = None
     backbone_revision: str | None = None
     backbone_fingerprint: dict | None = None
-    token_layout: dict | None = None
+    token_layout: dict | None = None  # type: ignore[no-redef]
     recipe: str = "alf"
-    layers: Any = None
-    modules: list | None = None
-    pools: list | None = None
+    layers: Any = None  # type: ignore[no-redef]
+    modules: list | None = None  # type: ignore[no-redef]
+    pools: list | None = None  # type: ignore[no-redef]
     token_normalization: str = "l2"
     noise_std: float = 0.0
     noise_probability: float = 0.5
-    head_type: str | None = None
+    head_type: str | None = None  # type: ignore[no-redef]
     num_heads: int | None = None
     num_queries: int = 1
     head_dim_multiplier: int = 2
@@ -189,7 +199,7 @@ def _plain_layout(backbone_config: PreTrainedConfig) -> TokenLayout:
             f"the token layout of a {backbone_config.model_type!r} backbone cannot be read off its config: "
             "build the head with from_backbone, which measures it"
         ) from error
-    return TokenLayout("tokens", widths, (0,))
+    return TokenLayout("tokens", tuple(widths), (0,))
 
 
 def _check_choices(name: str, values: Sequence[str], legal: Sequence[str]) -> None:

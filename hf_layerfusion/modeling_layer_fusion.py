@@ -69,7 +69,7 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
 
     config_class = LayerFusionConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]  # noqa: RUF012 (transformers' own convention)
     # The backbone decides which attention it supports.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     supports_gradient_checkpointing = True
@@ -80,7 +80,7 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
 
     def __init__(self, config: LayerFusionConfig, with_backbone: bool = True):
         super().__init__(config)
-        self.backbone: PreTrainedModel | None = None
+        self.backbone: Any = None
         self.image_processor: Any | None = None
         self.training_summary: dict[str, Any] = {}
         if with_backbone:
@@ -220,10 +220,10 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
             LayerFusionError: for both or neither input, tokens of another shape, tokens that are not finite, or
                 labels out of range.
         """
-        if (pixel_values is None) == (layer_features is None):
-            raise LayerFusionError("give either pixel_values or layer_features, not both and not neither")
-        if layer_features is None:
+        if pixel_values is not None and layer_features is None:
             layer_features = self.extract_layer_features(pixel_values, **backbone_kwargs)
+        elif layer_features is None or pixel_values is not None:
+            raise LayerFusionError("give either pixel_values or layer_features, not both and not neither")
         expected = (len(self.config.bank), self.config.hidden_size)
         if layer_features.ndim != 3 or tuple(layer_features.shape[1:]) != expected:
             raise LayerFusionError(
@@ -266,7 +266,7 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
 
     # ---- files -------------------------------------------------------------------------------------------------
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | Path,
         include_backbone: bool | None = None,
@@ -308,7 +308,7 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         if push_to_hub:
             self.push_to_hub(repo_id or Path(save_directory).name, include_backbone=include_backbone)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]
         self,
         repo_id: str,
         *,
@@ -339,7 +339,7 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         return commit.commit_url
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | Path,
         *model_args: Any,
@@ -376,7 +376,7 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         check_checkpoint(name, config, hub_kwargs)
         bundled = config.includes_backbone and backbone is None
         kwargs.pop("use_safetensors", None)
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             name,
             *model_args,
             config=config,
@@ -385,6 +385,7 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
             output_loading_info=True,
             **kwargs,
         )
+        model, info = loaded
         lacking = sorted(info["missing_keys"])
         if lacking:
             raise LayerFusionError(f"{name} lacks {len(lacking)} tensors of its backbone, such as {lacking[0]}")

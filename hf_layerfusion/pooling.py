@@ -28,6 +28,7 @@ class TokenLayout:
     special_tokens: tuple[int, ...] = ()
 
     def __post_init__(self):
+        # JSON gives lists back.
         object.__setattr__(self, "widths", tuple(int(width) for width in self.widths))
         object.__setattr__(self, "special_tokens", tuple(int(token) for token in self.special_tokens))
         if self.kind not in ("tokens", "channels_first", "channels_last"):

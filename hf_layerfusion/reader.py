@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .bank import TokenBank
+from .bank import TokenBank, TokenCoordinate
 from .pooling import TokenLayout, pad_width, pool_activation
 from .taps import Tap, read_taps
 
@@ -27,8 +27,7 @@ def read_bank(
     pooled = read_taps(backbone, pools, pool_tap, pixel_values, **backbone_kwargs)
     width = bank.width(layout.widths)
     tokens = torch.cat([pad_width(pooled[tap], width) for tap in pools], dim=1)  # (B, N, D), tap by tap
-    tap_order = [(*tap, pool) for tap, names in pools.items() for pool in names]
-    if tap_order == [tuple(coordinate) for coordinate in bank.coordinates]:
+    tap_order = [TokenCoordinate(*tap, pool) for tap, names in pools.items() for pool in names]
+    if tap_order == list(bank.coordinates):
         return tokens
-    position = {coordinate: i for i, coordinate in enumerate(tap_order)}
-    return tokens[:, [position[tuple(coordinate)] for coordinate in bank.coordinates]]
+    return tokens[:, [tap_order.index(coordinate) for coordinate in bank.coordinates]]

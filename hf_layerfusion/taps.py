@@ -9,11 +9,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from .errors import LayerFusionError
 
@@ -104,6 +103,10 @@ def _is_native_size(backbone: PreTrainedModel, pixel_values: Tensor) -> bool:
     return tuple(pixel_values.shape[-2:]) == (height, width)
 
 
+def _blocks(backbone: PreTrainedModel, family: BlockFamily) -> nn.ModuleList:
+    return cast(nn.ModuleList, backbone.get_submodule(family.blocks))
+
+
 def _read_hooks(
     backbone: PreTrainedModel,
     family: BlockFamily,
@@ -113,7 +116,7 @@ def _read_hooks(
 ) -> dict[Tap, Tensor]:
     captured: dict[Tap, Tensor] = {}
     handles = []
-    blocks = backbone.get_submodule(family.blocks)
+    blocks = _blocks(backbone, family)
     final_norm = backbone.get_submodule(family.final_norm)
 
     def on_input(tap: Tap) -> Callable:
@@ -167,7 +170,7 @@ def _read_hidden_states(
     return captured
 
 
-def _run_with_hidden_states(backbone: PreTrainedModel, arguments: dict[str, Any]) -> ModelOutput:
+def _run_with_hidden_states(backbone: PreTrainedModel, arguments: dict[str, Any]) -> Any:
     try:
         outputs = backbone(**arguments, output_hidden_states=True, return_dict=True)
     except TypeError as error:
@@ -190,5 +193,5 @@ def count_layers(backbone: PreTrainedModel, pixel_values: Tensor) -> int:
     """
     family = family_of(backbone)
     if family is not None:
-        return len(backbone.get_submodule(family.blocks))
+        return len(_blocks(backbone, family))
     return len(_run_with_hidden_states(backbone, _forward_arguments(backbone, pixel_values, {})).hidden_states) - 1

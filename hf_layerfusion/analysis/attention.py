@@ -66,7 +66,8 @@ def summarise_attentions(
     Raises:
         LayerFusionError: if the head has no attention, or there are no batches.
     """
-    count, total, squares = 0, None, None
+    count = 0
+    total = squares = torch.zeros(0)
     model.eval()
     for batch in batches:
         inputs = {key: value for key, value in batch.items() if key in ("pixel_values", "layer_features")}
@@ -75,8 +76,10 @@ def summarise_attentions(
         if attentions is None:
             raise LayerFusionError(f"a {model.config.head_type!r} head has no layer attentions to explain")
         by_head = attentions.flatten(1, 2).double().cpu()  # (B, Q * H, N)
-        total = by_head.sum(dim=0) + (0 if total is None else total)
-        squares = by_head.square().sum(dim=0) + (0 if squares is None else squares)
+        if not count:
+            total = squares = by_head.new_zeros(by_head.shape[1:])
+        total = total + by_head.sum(dim=0)
+        squares = squares + by_head.square().sum(dim=0)
         count += len(by_head)
     if not count:
         raise LayerFusionError("there are no images to explain")

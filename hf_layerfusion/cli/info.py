@@ -66,7 +66,7 @@ def _describe_backbone(arguments: argparse.Namespace) -> None:
         try:
             config = LayerFusionConfig(
                 recipe=name,
-                num_labels=arguments.num_labels,
+                id2label={label: str(label) for label in range(arguments.num_labels)},
                 backbone_config=backbone.model.config,
                 token_layout=layout.to_dict(),
             )

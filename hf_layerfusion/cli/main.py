@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         name = command.__name__.rsplit(".", 1)[-1]
-        summary = command.__doc__.split("\n", 1)[0]
+        summary = (command.__doc__ or "").split("\n", 1)[0]
         subparser = commands.add_parser(
             name,
             help=summary,

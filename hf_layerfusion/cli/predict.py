@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from .options import add_device_option, add_model_options, open_model
 
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     for file in files:
         check_image(file, str(file))
     model = open_model(arguments)
-    classify = pipeline(
+    classify: Any = pipeline(
         "image-classification", model=model, image_processor=model.image_processor, device=model.device
     )
     pictures = (decode_image(file, str(file)) for file in files)

@@ -77,7 +77,7 @@ def extract_features(
             head, unreadable images, or a cache of something else; during it for tokens that are not finite.
     """
     output_dir = Path(output_dir)
-    processor = image_processor or model.image_processor
+    processor: Any = image_processor or model.image_processor
     bank = bank or model.config.bank
     _check_request(dataset, image_column, label_column, processor, dtype)
     labels, label_feature = _checked_labels(dataset, label_column, model.config)

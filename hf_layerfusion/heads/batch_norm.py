@@ -17,6 +17,12 @@ class GlobalBatchNorm1d(nn.BatchNorm1d):
     with the running statistics, since it has no variance of its own.
     """
 
+    # Always there: this norm tracks running statistics, with a fixed momentum.
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def forward(self, input: Tensor) -> Tensor:
         if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             if self.training and input.shape[0] == 1:

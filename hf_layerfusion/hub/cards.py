@@ -73,8 +73,9 @@ def build_card(config: LayerFusionConfig, training_summary: dict[str, Any], head
 
 def _hub_id(name_or_path: str | None) -> str | None:
     """A Hub id, or `None` for a folder: a path of one machine means nothing on another."""
-    is_hub_id = name_or_path and not name_or_path.startswith((".", "/", "~")) and name_or_path.count("/") <= 1
-    return name_or_path if is_hub_id and "\\" not in name_or_path else None
+    if not name_or_path or "\\" in name_or_path or name_or_path.startswith((".", "/", "~")):
+        return None
+    return name_or_path if name_or_path.count("/") <= 1 else None
 
 
 def _shown_backbone(config: LayerFusionConfig) -> str:
