@@ -375,6 +375,9 @@ def _resolve(h: _Handler, kind: str | None, id: str, rev: str, path: str) -> Any
     if not file.lfs:
         return Reply(file.data, headers={**headers, "ETag": f'"{file.oid}"'})
     headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.data))}
+    if h.command == "HEAD":
+        # The Hub redirects to another host, where a HEAD does not follow; here it would, and lose these headers.
+        return Reply(b"", headers=headers)
     return Reply(b"", 302, {**headers, "Location": f"{h.hub.url}/lfs/{file.sha256}"})
 
 

@@ -82,7 +82,7 @@ class ImageCollator:
         num_labels: int | None = None,
     ):
         if image_processor is None:
-            raise LayerFusionError("ImageCollator needs an image processor: no one came with the model, so pass one")
+            raise LayerFusionError("ImageCollator needs an image processor: none came with the model, so pass one")
         self.image_processor = image_processor
         self.image_column, self.label_column, self.num_labels = image_column, label_column, num_labels
 
