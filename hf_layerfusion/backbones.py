@@ -27,6 +27,9 @@ POOLER_PREFIX = "pooler."
 # What decides the repository a file comes from, for every loading call of this library.
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "trust_remote_code", "force_download")
 
+# Arguments of `from_backbone` and `from_pretrained` that concern the backbone's weights, not the head.
+BACKBONE_OPTIONS = (*HUB_OPTIONS, "dtype", "device_map", "attn_implementation", "quantization_config")
+
 _VIT_PROCESSOR_SETTINGS = (
     *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
     *("do_normalize", "image_mean", "image_std", "do_convert_rgb"),

@@ -177,6 +177,14 @@ class LayerFusionConfig(PreTrainedConfig):
         return ["layer_attentions"]
 
 
+# What a user may choose; the other fields are measured on the backbone or set when a checkpoint is written.
+_NOT_CHOSEN = (
+    *("backbone_config", "backbone_name_or_path", "backbone_revision", "backbone_fingerprint"),
+    *("token_layout", "includes_backbone"),
+)
+HEAD_OPTIONS = (*(name for name in LayerFusionConfig.__annotations__ if name not in _NOT_CHOSEN), "problem_type")
+
+
 def _as_config(value: dict | PreTrainedConfig | None) -> PreTrainedConfig:
     if isinstance(value, PreTrainedConfig):
         return deepcopy(value)  # a live model's config must not change with ours

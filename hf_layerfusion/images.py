@@ -75,22 +75,22 @@ def find_images(folder: str | Path) -> list[Path]:
 
 
 def _read(value: Any, where: str, use: Callable[[Image.Image], Result]) -> Result:
+    if isinstance(value, dict):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
     try:
-        with _opened(value, where) as image:
+        with _opened(value) as image:
             return use(image)
     except LayerFusionError as error:
         raise LayerFusionError(f"{where}: {error}") from error
     except FileNotFoundError as error:
-        raise LayerFusionError(f"{where}: there is no file {error.filename}: check the path") from error
+        raise LayerFusionError(f"{where}: there is no file {value}: check the path") from error
     except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error on broken data
         reason = str(error) or type(error).__name__
         raise LayerFusionError(f"{where} is not a readable image ({reason}): remove or replace the file") from error
 
 
 @contextmanager
-def _opened(value: Any, where: str) -> Iterator[Image.Image]:
-    if isinstance(value, dict):
-        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+def _opened(value: Any) -> Iterator[Image.Image]:
     if isinstance(value, Image.Image):
         yield value  # the caller's, so it stays open
     elif isinstance(value, str | Path | bytes):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from .backbones import (
+    BACKBONE_OPTIONS,
     HUB_OPTIONS,
     POOLER_PREFIX,
-    OpenedBackbone,
     WeightFingerprint,
     describe_backbone,
     open_backbone,
@@ -27,17 +27,15 @@ from .backbones import (
     pooler_kwargs,
 )
 from .bank import TokenBank
-from .checkpoints import BACKBONE_PREFIX, check_checkpoint
-from .configuration_layer_fusion import LayerFusionConfig
+from .checkpoints import BACKBONE_PREFIX, check_checkpoint, open_pinned_backbone, verify_weights
+from .configuration_layer_fusion import HEAD_OPTIONS, LayerFusionConfig
 from .errors import LayerFusionError
 from .heads import AttentiveFusionHead, LinearHead, ScalarMixHead, build_head
 from .hub.cards import build_card
+from .losses import classification_loss
 from .reader import read_bank
 
 logger = logging.get_logger(__name__)
-
-# Arguments of `from_backbone` and `from_pretrained` that concern the backbone's weights, not the head.
-BACKBONE_OPTIONS = (*HUB_OPTIONS, "dtype", "device_map", "attn_implementation", "quantization_config")
 
 
 @dataclass
@@ -83,6 +81,8 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         self.backbone: Any = None
         self.image_processor: Any | None = None
         self.training_summary: dict[str, Any] = {}
+        self._frozen_names: set[str] = set()
+        self._pooler_names: set[str] = set()
         if with_backbone:
             self.backbone = AutoModel.from_config(config.backbone_config, **pooler_kwargs(config.backbone_config))
         self.head = build_head(config)
@@ -127,9 +127,11 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
             LayerFusionError: for an unknown option, a bad value, or a backbone that cannot be read.
         """
         loading = {key: overrides.pop(key) for key in BACKBONE_OPTIONS if key in overrides}
-        known = {field.name for field in fields(LayerFusionConfig)}
-        if unknown := sorted(overrides.keys() - known):
-            raise LayerFusionError(f"{unknown[0]!r} is no option of from_backbone; a config has {sorted(known)}")
+        if unknown := sorted(overrides.keys() - set(HEAD_OPTIONS)):
+            raise LayerFusionError(
+                f"{unknown[0]!r} is no option of from_backbone; choose from {', '.join(HEAD_OPTIONS)} for the head, "
+                f"and from {', '.join(BACKBONE_OPTIONS)} for the backbone"
+            )
         labels = _label_options(num_labels, id2label)
         # A spelling mistake must not cost the minutes of loading a backbone.
         LayerFusionConfig(recipe=recipe, **labels, **_independent_of_backbone(overrides))
@@ -234,7 +236,7 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         logits, attentions = self.head(tokens, output_attentions=True)
         if logits.device.type == "cpu" and not torch.isfinite(logits).all():
             _refuse_bad_tokens(layer_features, self.config.token_names)
-        loss = None if labels is None else self._loss(logits, labels)
+        loss = None if labels is None else classification_loss(self.config, logits, labels)
         output = LayerFusionOutput(loss, logits, attentions if output_attentions else None)
         return output.to_tuple() if return_dict is False else output
 
@@ -247,22 +249,6 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
             noisy = torch.rand(tokens.shape[0], 1, 1, device=tokens.device) < self.config.noise_probability
             tokens = tokens + noisy * torch.randn_like(tokens) * self.config.noise_std
         return tokens
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        problem = self.config.problem_type or _guess_problem(self.config.num_labels, labels)
-        labels = labels.to(logits.device)
-        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        if problem == "regression":
-            return F.mse_loss(logits, labels.to(logits.dtype).view_as(logits))
-        if problem == "multi_label_classification":
-            if labels.shape != logits.shape:
-                raise LayerFusionError(
-                    f"labels of shape {tuple(labels.shape)} do not fit multi-label logits of {tuple(logits.shape)}"
-                )
-            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-        check_labels(labels, self.config.num_labels)
-        weights = self.config.class_weights
-        return F.cross_entropy(logits, labels, None if weights is None else logits.new_tensor(weights))
 
     # ---- files -------------------------------------------------------------------------------------------------
 
@@ -390,37 +376,13 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         if lacking:
             raise LayerFusionError(f"{name} lacks {len(lacking)} tensors of its backbone, such as {lacking[0]}")
         if bundled:
-            model._verify(model.backbone, verify_backbone)
+            verify_weights(config, model.backbone, verify_backbone)
         else:
-            opened = _open_pinned(config, backbone, kwargs)
-            model._verify(opened.model, verify_backbone)
-            dtype = kwargs.get("dtype")
-            if isinstance(opened.model, PreTrainedModel) and dtype not in (None, "auto") and backbone is None:
-                opened.model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+            opened = open_pinned_backbone(config, backbone, verify_backbone, kwargs)
             model._attach(opened.model, opened.image_processor)
         stored = open_image_processor(name, hub_kwargs)
         model.image_processor = stored or model.image_processor
         return (model, info) if output_loading_info else model
-
-    def _verify(self, backbone: PreTrainedModel, strict: bool) -> None:
-        if self.config.backbone_fingerprint is None:
-            return
-        pinned = WeightFingerprint.from_dict(self.config.backbone_fingerprint)
-        found = WeightFingerprint.of(backbone)
-        if found.dtype != pinned.dtype:
-            logger.warning(
-                f"this head was trained on a {pinned.dtype} backbone and is given a {found.dtype} one: "
-                "their weights cannot be compared"
-            )
-            return
-        if difference := pinned.difference(found):
-            message = (
-                f"this is not the backbone that the head was trained on ({self.config.backbone_name_or_path}, revision "
-                f"{self.config.backbone_revision}): {difference}"
-            )
-            if strict:
-                raise LayerFusionError(message + "; pass the right one as backbone=, or verify_backbone=False")
-            logger.warning(message)
 
 
 def _label_options(num_labels: int | None, id2label: dict[int, str] | Sequence[str] | None) -> dict[str, Any]:
@@ -434,42 +396,6 @@ def _label_options(num_labels: int | None, id2label: dict[int, str] | Sequence[s
 def _independent_of_backbone(overrides: dict[str, Any]) -> dict[str, Any]:
     """The overrides that can be checked before the backbone's depth, width and tokens are known."""
     return {key: value for key, value in overrides.items() if key not in ("layers", "pools", "num_heads")}
-
-
-def _open_pinned(
-    config: LayerFusionConfig, backbone: str | Path | PreTrainedModel | None, kwargs: dict[str, Any]
-) -> OpenedBackbone:
-    source = backbone if backbone is not None else config.backbone_name_or_path
-    if source is None:
-        raise LayerFusionError("this head does not say where its backbone is: pass it as backbone=")
-    if isinstance(source, PreTrainedModel):
-        return open_backbone(source)
-    options = {key: kwargs[key] for key in BACKBONE_OPTIONS if key in kwargs and key != "dtype"}
-    if config.backbone_fingerprint is not None:
-        # Loaded as it was, so that its weights can be compared; cast afterwards.
-        options["dtype"] = getattr(torch, config.backbone_fingerprint["dtype"])
-    return open_backbone(source, revision=config.backbone_revision if backbone is None else None, **options)
-
-
-def _guess_problem(num_labels: int, labels: Tensor) -> str:
-    """As transformers' sequence classifiers do when `problem_type` is not set."""
-    if num_labels == 1:
-        return "regression"
-    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-
-
-def check_labels(labels: Tensor, num_labels: int) -> None:
-    """Refuse class indices outside 0 to C - 1 (-100 is ignored by the loss).
-
-    Only on CPU: reading them back from a GPU in every step would stall it; collators check there.
-    """
-    if labels.device.type != "cpu" or labels.numel() == 0:
-        return
-    bad = labels[(labels >= num_labels) | ((labels < 0) & (labels != -100))]
-    if bad.numel():
-        raise LayerFusionError(
-            f"label {int(bad.flatten()[0])} is out of range: this head has {num_labels} labels, 0 to {num_labels - 1}"
-        )
 
 
 def _refuse_bad_tokens(layer_features: Tensor, token_names: Sequence[str]) -> None:

@@ -46,3 +46,30 @@ def backbone_folder():
 def hub():
     """The Hub of this test session, a `LocalHub`; `hub.upload_folder(folder, "me/name")` makes a repository."""
     return _HUB
+
+
+@pytest.fixture
+def make_vit():
+    """Build a tiny ViT with four layers, 16 px wide images and weights large enough to tell one from another."""
+    from transformers import ViTConfig, ViTModel  # after the environment is set
+
+    def make(seed=0, **options):
+        torch.manual_seed(seed)
+        shape = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+        config = ViTConfig(**{**shape, "image_size": 16, "patch_size": 8, "initializer_range": 0.3, **options})
+        return ViTModel(config, add_pooling_layer=False).eval()
+
+    return make
+
+
+@pytest.fixture
+def save_backbone(make_vit):
+    """Write a tiny ViT and its image processor into a folder, as backbones are found on the Hub."""
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    def save(folder, seed=0, **options):
+        make_vit(seed, **options).save_pretrained(folder)
+        ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+        return folder
+
+    return save

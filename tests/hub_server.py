@@ -154,7 +154,7 @@ _ROUTES: list[tuple[str, re.Pattern[str], Callable[..., Any]]] = []
 def _route(method: str, path: str) -> Callable:
     """Register a handler. `{repo}` stands for kind and id in an API path, `{site}` for those in any other."""
     path = path.replace("{repo}", r"(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)")
-    path = path.replace("{site}", r"(?:(?P<kind>datasets)/)?(?P<id>[^/]+/[^/]+?)")
+    path = path.replace("{site}", r"(?:(?P<kind>datasets)/)?(?P<id>[^/]+(?:/[^/]+?)?)")
     path = path.replace("{rev}", "(?P<rev>[^/]+)").replace("{oid}", "(?P<oid>[0-9a-f]{64})")
 
     def register(function: Callable) -> Callable:

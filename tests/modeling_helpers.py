@@ -56,7 +56,7 @@ _STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 
 # The families with their own row in the tap table, by model type.
 TABLE_BACKBONES: dict[str, Callable[[], PreTrainedModel]] = {
-    "beit": lambda: BeitModel(BeitConfig(**TINY, use_relative_position_bias=True)),
+    "beit": lambda: BeitModel(BeitConfig(**TINY, use_relative_position_bias=True, use_mean_pooling=False)),
     "clip_vision_model": lambda: CLIPVisionModel(CLIPVisionConfig(**TINY)),
     "deit": lambda: DeiTModel(DeiTConfig(**TINY)),
     "dinov2": lambda: Dinov2Model(Dinov2Config(**_TINY_DINOV2)),

@@ -148,6 +148,9 @@ class AttentiveFusionHead(nn.Module):
         key_weight = self.k_proj.weight.unflatten(0, (self.num_heads, self.head_dim))  # (H, d, D)
         value_weight = self.v_proj.weight.unflatten(0, (self.num_heads, self.head_dim))  # (H, d, D)
         probes = torch.einsum("qhd,hdc->qhc", self._query_heads(), key_weight) * (self.norm_k.weight * self.scale)
+        # b_k cancels in the softmax, but stays in the graph: its gradient is zero, not missing, which weight decay and
+        # distributed training rely on.
+        probes = probes + 0.0 * self.norm_k.bias
         probes = (probes - probes.mean(dim=-1, keepdim=True)).flatten(0, 1)  # (Q * H, D)
         values = value_weight * self.norm_v.weight
         values = values - values.mean(dim=-1, keepdim=True)  # (H, d, D)

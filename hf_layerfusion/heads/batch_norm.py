@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """All-reduce with a gradient: every process's loss depends on every process's term."""
+
+    @staticmethod
+    def forward(ctx: Any, term: Tensor) -> Tensor:
+        total = term.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
 
 
 class GlobalBatchNorm1d(nn.BatchNorm1d):
@@ -32,9 +49,9 @@ class GlobalBatchNorm1d(nn.BatchNorm1d):
             return super().forward(input)
         wide = input if input.dtype == torch.float64 else input.float()
         count = wide.new_full((1,), wide.shape[0])
-        total = all_reduce(torch.cat([wide.sum(dim=0), count]))
+        total = _SumOverProcesses.apply(torch.cat([wide.sum(dim=0), count]))
         mean, count = total[:-1] / total[-1], total[-1].detach()
-        variance = all_reduce((wide - mean).square().sum(dim=0)) / count
+        variance = _SumOverProcesses.apply((wide - mean).square().sum(dim=0)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)

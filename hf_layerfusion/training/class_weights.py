@@ -32,7 +32,8 @@ def class_weights(labels: Sequence[int] | np.ndarray | Tensor, num_labels: int) 
     bad = np.flatnonzero((values < 0) | (values >= num_labels))
     if len(bad):
         raise LayerFusionError(
-            f"row {bad[0]} has label {values[bad[0]]}, but num_labels={num_labels}: labels must be 0 to {num_labels - 1}"
+            f"row {bad[0]} has label {values[bad[0]]}, but num_labels={num_labels}: "
+            f"labels must be 0 to {num_labels - 1}"
         )
     counts = np.bincount(values.astype(np.int64), minlength=num_labels)
     weights = np.where(counts > 0, len(values) / (num_labels * np.maximum(counts, 1)), 0.0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import LayerFusionError
 from ..images import decode_image
-from ..modeling_layer_fusion import check_labels
+from ..losses import check_labels
 
 # Names that a column of labels may have, in the order of preference.
 LABEL_COLUMNS = ("labels", "label", "label_ids")
@@ -36,7 +36,7 @@ class LayerFeatureCollator:
         """Collate a batch.
 
         Raises:
-            LayerFusionError: for tokens of another shape, and for labels that are missing in some rows or out of range.
+            LayerFusionError: for tokens of another shape, and labels that are missing in some rows or out of range.
         """
         tokens = [self._tokens(row) for row in rows]  # B of (N, D)
         if len({row.shape for row in tokens}) > 1:

@@ -21,7 +21,7 @@ from sklearn.metrics import (
 )
 
 from ..errors import LayerFusionError
-from ..modeling_layer_fusion import _guess_problem
+from ..losses import problem_type_of
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction
@@ -119,7 +119,7 @@ def build_compute_metrics(config: LayerFusionConfig) -> Callable[[EvalPrediction
         logits, labels = prediction.predictions, np.asarray(prediction.label_ids)
         if isinstance(logits, tuple):
             logits = logits[0]  # (B, C); others are attentions
-        problem = config.problem_type or _guess_problem(config.num_labels, torch.from_numpy(labels))
+        problem = problem_type_of(config, torch.from_numpy(labels))
         if problem == "regression":
             return _regression_metrics(logits, labels)
         if problem == "multi_label_classification":

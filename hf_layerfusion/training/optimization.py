@@ -26,8 +26,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for a `torch.optim` optimizer: the head's and, if it is not frozen, the backbone's.
 
-    Weight decay is on all parameters, norms, biases and the query too, as in the paper. `Trainer` by itself would leave
-    those out.
+    Weight decay is on all parameters, norms, biases and the query too, as in the paper. `Trainer` by itself would
+    leave norms and biases out.
 
     Args:
         model: the model to train.

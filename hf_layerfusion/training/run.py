@@ -6,10 +6,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainingArguments
 
 from ..errors import LayerFusionError
 from ..features import LayerFeatures
+from ..losses import problem_type_of
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
 from ..recipes import RECIPES
 from .class_weights import class_weights
@@ -61,7 +63,7 @@ def build_trainer(
         learning_rate: by default the recipe's.
         weight_decay: on every parameter of the head; by default the recipe's.
         num_train_epochs: by default `default_epochs`.
-        batch_size: by default `default_batch_size`.
+        batch_size: rows per batch and process; by default `default_batch_size`.
         seed: of the order of the rows, dropout and noise.
         balance_classes: weight the classes by n / (C * count), as the reference does.
         training_arguments: for `transformers.TrainingArguments`.
@@ -73,8 +75,9 @@ def build_trainer(
     train_features = train_features.select_bank(config.bank)
     if train_features.labels is None:
         raise LayerFusionError("the features have no labels: extract them with label_column=")
-    train_features.check(config.num_labels if config.problem_type == "single_label_classification" else None)
-    if balance_classes and config.problem_type == "single_label_classification":
+    is_single_label = problem_type_of(config, torch.from_numpy(train_features.labels)) == "single_label_classification"
+    train_features.check(config.num_labels if is_single_label else None)
+    if balance_classes and is_single_label:
         config.class_weights = class_weights(train_features.labels, config.num_labels)
     recipe = RECIPES[config.recipe]
     batch_size = batch_size or default_batch_size(len(train_features))

@@ -1,0 +1,329 @@
+"""Heads and backbones on a Hub, over HTTP: pins, pushes, caches, and what is said when something is not there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, pipeline
+
+from hf_layerfusion import LayerFusionConfig, LayerFusionError, ViTForAttentiveLayerFusionClassification
+
+PIXELS = torch.linspace(-2, 2, 2 * 3 * 16 * 16).view(2, 3, 16, 16).sin()
+FILES = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
+
+# Prints the logits of the head named on the command line.
+LOAD_AND_RUN = """
+import json, sys, torch
+from hf_layerfusion import ViTForAttentiveLayerFusionClassification
+model = ViTForAttentiveLayerFusionClassification.from_pretrained(sys.argv[1])
+pixels = torch.linspace(-2, 2, 2 * 3 * 16 * 16).view(2, 3, 16, 16).sin()
+print(json.dumps(model(pixels).logits.tolist()))
+"""
+
+
+@pytest.fixture
+def backbone(hub, save_backbone, tmp_path):
+    """Id and commit of a backbone on the Hub, new for every test."""
+    repo_id = f"me/backbone-{tmp_path.name}"
+    return repo_id, hub.upload_folder(save_backbone(tmp_path / "backbone"), repo_id)
+
+
+@pytest.fixture
+def model(backbone):
+    return build(backbone[0])
+
+
+@pytest.fixture
+def head(model, tmp_path):
+    """Id of a head on the Hub, new for every test."""
+    repo_id = f"me/head-{tmp_path.name}"
+    model.push_to_hub(repo_id)
+    return repo_id
+
+
+def build(backbone, **options):
+    return ViTForAttentiveLayerFusionClassification.from_backbone(backbone, num_labels=3, **options)
+
+
+def load(name, **options):
+    return ViTForAttentiveLayerFusionClassification.from_pretrained(name, **options)
+
+
+def repo_of(hub, repo_id):
+    return hub.repos["models", repo_id]
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(PIXELS).logits
+
+
+def assert_same_logits(found, expected):
+    """Equal weights give logits that differ by how the weights happen to be aligned in memory, and by no more."""
+    torch.testing.assert_close(logits_of(found), logits_of(expected), atol=1e-6, rtol=0)
+
+
+def run_elsewhere(script, *arguments, **environment):
+    """Run a script in a fresh process, with the environment of this one."""
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+# ---- backbones -----------------------------------------------------------------------------------------------------
+
+
+def test_backbone_is_pinned_to_its_commit(backbone):
+    repo_id, commit = backbone
+    model = build(repo_id)
+    assert model.config.backbone_name_or_path == repo_id
+    assert model.config.backbone_revision == commit
+    assert model.image_processor.size["height"] == 16
+
+
+def test_revision_of_a_backbone(hub, backbone, save_backbone, tmp_path):
+    repo_id, first = backbone
+    api = HfApi()
+    api.create_tag(repo_id, tag="v1")
+    api.create_branch(repo_id, branch="next")
+    second = hub.upload_folder(save_backbone(tmp_path / "other", seed=1), repo_id, revision="next")
+    assert first != second
+    models = {revision: build(repo_id, revision=revision) for revision in ("v1", "next", first, second)}
+    pins = {revision: model.config.backbone_revision for revision, model in models.items()}
+    assert pins == {"v1": first, "next": second, first: first, second: second}
+    digests = {revision: model.config.backbone_fingerprint["digest"] for revision, model in models.items()}
+    assert digests["v1"] == digests[first] != digests["next"] == digests[second]
+
+
+def test_instance_from_the_hub_names_where_it_came_from(backbone, make_vit):
+    from transformers import AutoModel
+
+    repo_id, commit = backbone
+    model = build(AutoModel.from_pretrained(repo_id), revision=commit)
+    assert (model.config.backbone_name_or_path, model.config.backbone_revision) == (repo_id, commit)
+
+
+# ---- push ----------------------------------------------------------------------------------------------------------
+
+
+def test_push_is_one_commit(hub, backbone, tmp_path):
+    model, repo_id = build(backbone[0]), f"me/{tmp_path.name}"
+    url = model.push_to_hub(repo_id, commit_message="First head")
+    _, commit = repo_of(hub, repo_id).commits.values()
+    assert url == f"{hub.url}/{repo_id}/commit/{commit.sha}"
+    assert commit.title == "First head"
+    assert commit.tree.keys() == FILES
+    assert not any(b"backbone." in file.data for path, file in commit.tree.items() if path == "model.safetensors")
+    config = json.loads(commit.tree["config.json"].data)
+    assert (config["backbone_name_or_path"], config["backbone_revision"]) == backbone
+
+
+def test_pushed_card(head, backbone):
+    card = ModelCard.load(head)
+    assert card.data.base_model == backbone[0]
+    assert card.data.library_name == "hf_layerfusion"
+    assert backbone[1] in card.text, "the revision of the backbone"
+    assert f'model="{head}"' in card.text, "the snippet names this repository"
+
+
+def test_second_push_is_a_second_commit(hub, head, model):
+    model.push_to_hub(head)
+    assert len(repo_of(hub, head).commits) == 3
+
+
+def test_push_with_backbone(hub, head, model, tmp_path):
+    model.push_to_hub(head, include_backbone=True)
+    weights = load_file(hf_hub_download(head, "model.safetensors"))
+    assert weights.keys() == model.state_dict().keys()
+
+
+def test_pull_request(hub, head, model):
+    """The change waits on its own ref, and can be tried from there."""
+    before = repo_of(hub, head).refs["refs/heads/main"]
+    with torch.no_grad():
+        model.head.classifier.bias += 1
+    url = model.push_to_hub(head, create_pr=True)
+    refs = repo_of(hub, head).refs
+    assert refs["refs/heads/main"] == before
+    assert url.endswith(refs["refs/pr/1"])
+    assert_same_logits(load(head, revision="refs/pr/1"), model)
+    torch.testing.assert_close(logits_of(load(head)) + 1, logits_of(model), atol=1e-6, rtol=0)
+
+
+def test_push_to_a_branch(hub, head, model):
+    HfApi().create_branch(head, branch="next")
+    before = repo_of(hub, head).refs["refs/heads/main"]
+    with torch.no_grad():
+        model.head.classifier.bias += 1
+    model.push_to_hub(head, revision="next")
+    assert repo_of(hub, head).refs["refs/heads/main"] == before
+    assert_same_logits(load(head, revision="next"), model)
+
+
+def test_save_pretrained_pushes_as_asked(hub, model, tmp_path):
+    repo_id = f"me/{tmp_path.name}"
+    model.save_pretrained(tmp_path / "head", push_to_hub=True, repo_id=repo_id, commit_message="Saved and pushed")
+    assert {path.name for path in (tmp_path / "head").iterdir()} == FILES
+    _, commit = repo_of(hub, repo_id).commits.values()
+    assert commit.title == "Saved and pushed"
+    assert_same_logits(load(repo_id), model)
+
+
+# ---- load ----------------------------------------------------------------------------------------------------------
+
+
+def test_head_comes_back(head, model, backbone):
+    loaded = load(head)
+    assert_same_logits(loaded, model)
+    assert loaded.config.backbone_revision == backbone[1]
+    assert loaded.image_processor.to_dict() == model.image_processor.to_dict()
+
+
+def test_revision_of_a_head(hub, head, model):
+    old = repo_of(hub, head).refs["refs/heads/main"]
+    expected = logits_of(model)
+    HfApi().create_tag(head, tag="v1")
+    with torch.no_grad():
+        model.head.classifier.bias += 1
+    model.push_to_hub(head)
+    for revision in ("v1", old):
+        torch.testing.assert_close(logits_of(load(head, revision=revision)), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits_of(load(head)), expected + 1, atol=1e-6, rtol=0)
+
+
+def test_head_in_a_subfolder(hub, model, tmp_path):
+    model.save_pretrained(tmp_path / "repo" / "heads" / "one")
+    repo_id = f"me/{tmp_path.name}"
+    hub.upload_folder(tmp_path / "repo", repo_id)
+    assert_same_logits(load(repo_id, subfolder="heads/one"), model)
+
+
+def test_backbone_repository_moves_on(hub, backbone, head, model, save_backbone, tmp_path):
+    repo_id, pinned = backbone
+    hub.upload_folder(save_backbone(tmp_path / "new", seed=1), repo_id)
+    assert repo_of(hub, repo_id).refs["refs/heads/main"] != pinned
+    assert_same_logits(load(head), model)
+    with pytest.raises(LayerFusionError, match=r"parts have other weights \(embeddings, layers\.0"):
+        load(head, backbone=repo_id)
+
+
+def test_pinned_weights_were_replaced(hub, backbone, model, save_backbone, tmp_path):
+    """A pin that names other weights, such as a branch that moved or a rewritten history."""
+    repo_id, _ = backbone
+    other = hub.upload_folder(save_backbone(tmp_path / "new", seed=1), repo_id)
+    model.config.backbone_revision = other
+    model.push_to_hub(f"me/{tmp_path.name}")
+    with pytest.raises(LayerFusionError) as raised:
+        load(f"me/{tmp_path.name}")
+    assert str(raised.value).startswith(
+        f"this is not the backbone that the head was trained on ({repo_id}, revision {other}): "
+        "5 of 6 parts have other weights (embeddings, layers.0, layers.1 and 2 more)"
+    )
+
+
+def test_pipeline_by_name(head, model):
+    image = Image.linear_gradient("L")
+    processor = AutoImageProcessor.from_pretrained(head)
+    with torch.no_grad():
+        expected = model(**processor(image.convert("RGB"), return_tensors="pt")).logits[0].softmax(-1)
+    found = {entry["label"]: entry["score"] for entry in pipeline("image-classification", model=head)(image)}
+    scores = torch.tensor([found[f"LABEL_{index}"] for index in range(3)])
+    torch.testing.assert_close(scores, expected, atol=1e-6, rtol=0)
+
+
+def test_fresh_process_with_and_without_the_hub(head, model, tmp_path):
+    """The first process fetches head and backbone into its cache, the second finds no Hub and needs none."""
+    expected = logits_of(model)
+    cache = {"HF_HOME": str(tmp_path / "hf-home")}
+    # Nothing listens on the discard port.
+    without_hub = {**cache, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+    failed = run_elsewhere(LOAD_AND_RUN, head, **without_hub)
+    assert failed.returncode != 0, "an empty cache has no head"
+    for environment in (cache, without_hub):
+        done = run_elsewhere(LOAD_AND_RUN, head, **environment)
+        assert done.returncode == 0, done.stderr
+        found = torch.tensor(json.loads(done.stdout))
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_local_files_only(hub, backbone, head, model, tmp_path):
+    """Reaches the backbone, too, and a cache that does not hold it is not filled."""
+    elsewhere = {"cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(OSError, match="cached"):
+        load(head, **elsewhere, local_files_only=True)
+    load(head, **elsewhere)
+    before = len(hub.requests)
+    assert_same_logits(load(head, **elsewhere, local_files_only=True), model)
+    assert len(hub.requests) == before
+
+
+def test_token_reaches_the_backbone(hub, backbone, head, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN", None, raising=False)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(hub, "token", "hf_another_token")
+    assert load(head, token="hf_another_token").backbone is not None
+    with pytest.raises(OSError):
+        load(head, token="hf_wrong", force_download=True)
+
+
+# ---- what is not there ---------------------------------------------------------------------------------------------
+
+
+def test_missing_head():
+    with pytest.raises(OSError, match="me/no-such-head is not a local folder and is not a valid model identifier"):
+        load("me/no-such-head")
+
+
+def test_missing_backbone():
+    with pytest.raises(LayerFusionError) as raised:
+        build("me/no-such-backbone")
+    assert "backbone 'me/no-such-backbone' is neither a folder nor a Hub model" in str(raised.value)
+
+
+def test_missing_revision(backbone, head):
+    with pytest.raises(LayerFusionError, match="no-such-tag"):
+        build(backbone[0], revision="no-such-tag")
+    with pytest.raises(OSError, match="no-such-tag"):
+        load(head, revision="no-such-tag")
+
+
+def test_backbone_of_a_head_is_gone(hub, backbone, head):
+    del hub.repos["models", backbone[0]]
+    with pytest.raises(LayerFusionError) as raised:
+        load(head, force_download=True)
+    assert f"backbone {backbone[0]!r} is neither a folder nor a Hub model" in str(raised.value)
+
+
+def test_wrong_token(backbone, head, model, tmp_path):
+    wrong = {"token": "hf_wrong", "cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(LayerFusionError, match="401|credentials"):
+        build(backbone[0], **wrong)
+    with pytest.raises(OSError, match="401|credentials"):
+        load(head, **wrong)
+    with pytest.raises(OSError, match="401|credentials"):
+        model.push_to_hub(head, token="hf_wrong")
+
+
+def test_namespace_of_somebody_else(hub, model):
+    with pytest.raises(OSError, match="rights to create a repo under the namespace you"):
+        model.push_to_hub("you/head")
+    assert ("models", "you/head") not in hub.repos
+
+
+def test_config_alone(head, backbone):
+    """What a head is can be read without its weights and without its backbone."""
+    config = LayerFusionConfig.from_pretrained(head)
+    assert (config.backbone_name_or_path, config.backbone_revision) == backbone
+    assert config.token_names[-1] == "layer 4 · block · mean"
