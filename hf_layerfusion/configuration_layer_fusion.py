@@ -42,7 +42,7 @@ class LayerFusionConfig(PreTrainedConfig):
         num_heads: attention heads; `None` for one per token.
         num_queries: learned queries.
         head_dim_multiplier: the width of an attention head is this times `D // num_heads` (the reference: 2).
-        attention_dropout: on the attention weights.
+        attention_dropout: on the attention weights; `None` for the recipe's.
         projection_dropout: after the output projection.
         head_implementation: `"fast"` or `"explicit"`, the same function in two orders.
         freeze_backbone: keep the backbone fixed and in eval mode.
@@ -63,6 +63,7 @@ class LayerFusionConfig(PreTrainedConfig):
         modules: list[str]
         pools: list[str]
         head_type: str
+        attention_dropout: float
 
     model_type = "layer_fusion"
     sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012 (transformers' own convention)
@@ -83,7 +84,7 @@ class LayerFusionConfig(PreTrainedConfig):
     num_heads: int | None = None
     num_queries: int = 1
     head_dim_multiplier: int = 2
-    attention_dropout: float = 0.0
+    attention_dropout: float | None = None  # type: ignore[no-redef]
     projection_dropout: float = 0.0
     head_implementation: str = "fast"
     freeze_backbone: bool = True
@@ -115,9 +116,9 @@ class LayerFusionConfig(PreTrainedConfig):
         self.pools = list(self.pools)
         if "cls" in self.pools and not layout.has_cls:
             raise LayerFusionError(f"pools={self.pools}: this backbone has no CLS token, use pools=['mean']")
-        if self.head_type is None:
-            self.head_type = recipe.head_type
-            for option, value in recipe.head_options.items():
+        self.head_type = self.head_type or recipe.head_type
+        for option, value in {"attention_dropout": 0.0, **recipe.head_options}.items():
+            if getattr(self, option) is None:
                 setattr(self, option, value)
 
     def _check_values(self) -> None:

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from modeling_helpers import OTHER_BACKBONES, TABLE_BACKBONES, TINY, images, randomise, tiny_backbone
+from modeling_helpers import NUM_LAYERS, OTHER_BACKBONES, TABLE_BACKBONES, TINY, images, randomise, tiny_backbone
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPConfig,
@@ -126,6 +126,22 @@ def test_an_instance_is_taken_as_it_is():
     assert opened.model is backbone
     assert not backbone.training
     assert (opened.name_or_path, opened.revision, opened.image_processor) == (None, None, "mine")
+
+
+@pytest.mark.parametrize(
+    ("build", "tower"),
+    [
+        (lambda: ViTForImageClassification(ViTConfig(**TINY)), "vit"),
+        (lambda: Dinov2ForImageClassification(tiny_backbone("dinov2").config), "dinov2"),
+        (_tiny_clip, "vision_model"),
+        (_tiny_siglip, "vision_model"),
+    ],
+)
+def test_of_an_instance_with_a_head_the_backbone_is_taken(build, tower):
+    full = build()
+    opened = open_backbone(full).model
+    assert opened is getattr(full, tower)
+    assert describe_backbone(opened).num_layers == NUM_LAYERS
 
 
 def test_an_instance_remembers_where_it_came_from(vit_folder):

@@ -268,7 +268,7 @@ def test_a_damaged_manifest_or_a_foreign_folder(features, tmp_path, model, datas
     manifest = tmp_path / "cache" / "features.json"
     text = manifest.read_text()
     manifest.write_text(text[:100])
-    with pytest.raises(LayerFusionError, match="features.json is damaged"):
+    with pytest.raises(LayerFusionError, match=r"features\.json is damaged"):
         LayerFeatures.open(tmp_path / "cache")
     manifest.write_text(text.replace('"format_version": 1', '"format_version": 99'))
     with pytest.raises(LayerFusionError, match="has format 99"):
@@ -280,7 +280,7 @@ def test_a_damaged_manifest_or_a_foreign_folder(features, tmp_path, model, datas
     (tmp_path / "mine" / "thesis.txt").write_text("keep me")
     with pytest.raises(LayerFusionError, match="is not empty and holds no feature cache"):
         extract_features(model, dataset, tmp_path / "mine")
-    with pytest.raises(LayerFusionError, match="holds no features.json"):
+    with pytest.raises(LayerFusionError, match=r"holds no features\.json"):
         LayerFeatures.open(tmp_path / "mine")
 
 

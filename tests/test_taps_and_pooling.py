@@ -84,7 +84,7 @@ _DINOV2 = Arithmetic(
     blocks=lambda model: model.encoder.layer,
     norm1="norm1",
     norm2="norm2",
-    attend=lambda _, block, h, __: block.attention(h, attention_mask=None),
+    attend=lambda _, block, h, __: block.attention(h),
     scale1=_layer_scale(1),
     scale2=_layer_scale(2),
     final_norm=lambda model: model.layernorm,
@@ -139,7 +139,9 @@ def activations_by_hand(model, pixel_values):
         hidden = rules.embed(model, pixel_values)
         taps = {(0, "block"): hidden}
         for layer, block in enumerate(rules.blocks(model), start=1):
-            attended = rules.attend(model, block, block.get_submodule(rules.norm1)(hidden), pixel_values)[0]
+            attended = rules.attend(model, block, block.get_submodule(rules.norm1)(hidden), pixel_values)
+            if isinstance(attended, tuple):  # with the attention weights, depending on family and version
+                attended = attended[0]
             hidden = hidden + rules.scale1(block) * attended
             taps[layer, "ln2"] = block.get_submodule(rules.norm2)(hidden)
             hidden = hidden + rules.scale2(block) * block.mlp(taps[layer, "ln2"])

@@ -64,6 +64,7 @@ def build_model(seed=0, **options):
     backbone = ViTModel(config, add_pooling_layer=False)
     torch.manual_seed(seed)
     options = {"num_labels": NUM_LABELS, "problem_type": "single_label_classification", **options}
+    options.setdefault("attention_dropout", 0.0)  # two runs can be compared
     return ViTForAttentiveLayerFusionClassification.from_backbone(backbone, image_processor=PROCESSOR, **options)
 
 

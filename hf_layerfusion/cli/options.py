@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Image
+from PIL import Image as PILImage
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import set_seed
 
 from ..bank import MODULES, POOLS
@@ -22,15 +29,40 @@ from ..data import (
     with_test_split,
 )
 from ..errors import LayerFusionError
+from ..images import check_image
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
 from ..recipes import RECIPES
 from ..training.collators import ImageCollator
 
+DTYPES = ("float32", "bfloat16", "float16")
+# What `Trainer.evaluate` reports beside the metrics.
+_TIMINGS = ("runtime", "per_second", "preparation_time")
 
-def add_dataset_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+
+def number(kind: type[int] | type[float], at_least: float | None = None, above: float | None = None) -> Callable:
+    """An argparse type: a finite number with a lower bound."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or (at_least is not None and value < at_least):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {at_least} up")
+        if above is not None and value <= above:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number above {above}")
+        return value
+
+    return parse
+
+
+def add_dataset_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("images")
     group.add_argument(
-        "--dataset", required=required, help="Hub id, folder of images (folder/class/picture.png), or saved dataset"
+        "--dataset",
+        required=True,
+        help="Hub id, folder of images (folder/class/picture.png, or train/ and test/ above), or saved dataset; "
+        "without a test split, a fifth of the training images is held out, always the same one",
     )
     group.add_argument("--dataset_name", help="configuration of a Hub dataset")
     group.add_argument("--image_column", help="default: the only image column")
