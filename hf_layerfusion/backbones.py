@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -136,7 +137,7 @@ def open_backbone(
         if kwargs:
             raise LayerFusionError(f"{sorted(kwargs)} can only be given when the backbone is a Hub id or a folder")
         name = backbone.name_or_path or None
-        return OpenedBackbone(backbone.eval(), name, revision, image_processor)
+        return OpenedBackbone(_tower_of(backbone).eval(), name, revision, image_processor)
     name = str(backbone)
     hub_kwargs = {k: kwargs[k] for k in HUB_OPTIONS if k in kwargs}
     is_folder = Path(name).is_dir()
@@ -158,10 +159,21 @@ def open_backbone(
     return OpenedBackbone(model, name, None if is_folder else revision, image_processor)
 
 
+def _tower_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The backbone inside a model with a head, or the vision tower of an image-text model; else the model itself."""
+    tower_class: Any = MODEL_MAPPING.get(type(getattr(model.config, "vision_config", model.config)), None)
+    if tower_class is None or isinstance(model, tower_class):
+        return model
+    return next((module for module in model.modules() if isinstance(module, tower_class)), model)
+
+
 def _load_model(
     name: str, revision: str | None, hub_kwargs: dict[str, Any], kwargs: dict[str, Any]
 ) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(name, revision=revision, **hub_kwargs)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, **hub_kwargs)
+    except (OSError, ValueError) as error:
+        raise LayerFusionError(f"the config.json of backbone {name!r} cannot be used: {error}") from error
     config = getattr(config, "vision_config", config)
     try:
         model, info = AutoModel.from_pretrained(
@@ -169,9 +181,12 @@ def _load_model(
             config=config,
             revision=revision,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
             **pooler_kwargs(config),
             **kwargs,
         )
+    except (OSError, SafetensorError) as error:
+        raise LayerFusionError(f"the weights of backbone {name!r} cannot be read: {error}") from error
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise
@@ -211,8 +226,11 @@ def open_image_processor(name: str, hub_kwargs: dict[str, Any]) -> Any | None:
         return AutoImageProcessor.from_pretrained(name, **hub_kwargs)
     except (OSError, ValueError):
         return None  # weights without a processor: the caller says how images become pixel_values
-    except ImportError:
-        return _pil_processor(name, hub_kwargs)
+    except ImportError:  # no torchvision; some versions say so before they look for a processor
+        try:
+            return _pil_processor(name, hub_kwargs)
+        except OSError:
+            return None
 
 
 def _pil_processor(name: str, hub_kwargs: dict[str, Any]) -> Any:

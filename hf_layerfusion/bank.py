@@ -58,7 +58,9 @@ def resolve_layers(spec: LayerSpec, num_layers: int) -> list[int]:
                     raise LayerFusionError(f"layers='{spec}' asks for {count} of {num_layers} layers")
                 return [num_layers * (i + 1) // count for i in range(count)]
             if colon:
-                spec = list(range(int(first) if first else 1, (int(last) if last else num_layers) + 1))
+                ends = [int(first) if first else 1, int(last) if last else num_layers]
+                start, end = (layer if layer >= 0 else num_layers + 1 + layer for layer in ends)
+                spec = list(range(start, end + 1))
             else:
                 spec = [int(part) for part in spec.split(",")]
         except ValueError as error:
@@ -67,15 +69,17 @@ def resolve_layers(spec: LayerSpec, num_layers: int) -> list[int]:
             raise LayerFusionError(
                 f"layers='{spec}' is not understood: use 'all', 'last', 'a:b', 'spaced:n' or numbers such as '3,6,12'"
             ) from error
-    if isinstance(spec, int):
+    if isinstance(spec, int) and not isinstance(spec, bool):
         if not 1 <= spec <= num_layers:
             raise LayerFusionError(
                 f"layers={spec} asks for the last {spec} layers, but the backbone has {num_layers} (1 to {num_layers})"
             )
         return list(range(num_layers - spec + 1, num_layers + 1))
+    if isinstance(spec, bool) or not isinstance(spec, Sequence):
+        raise LayerFusionError(f"layers={spec!r} is neither a number of layers, a list of them, nor a string")
     layers = []
     for layer in spec:
-        if not isinstance(layer, int) or not -num_layers <= layer <= num_layers:
+        if not isinstance(layer, int) or isinstance(layer, bool) or not -num_layers <= layer <= num_layers:
             raise LayerFusionError(f"layer {layer!r} is out of range for a backbone of {num_layers} layers: {legal}")
         layers.append(layer if layer >= 0 else num_layers + 1 + layer)
     if not layers:

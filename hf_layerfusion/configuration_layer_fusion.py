@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -92,11 +93,15 @@ class LayerFusionConfig(PreTrainedConfig):
     class_weights: list | None = None
     includes_backbone: bool = False
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Here, because some versions of transformers check this field's type before `__post_init__`.
+        if name == "problem_type" and value is not None and value not in PROBLEM_TYPES:
+            raise LayerFusionError(f"problem_type {value!r} is unknown: choose from {PROBLEM_TYPES}")
+        super().__setattr__(name, value)
+
     def __post_init__(self, **kwargs):
         if self.recipe not in RECIPES:
             raise LayerFusionError(f"recipe {self.recipe!r} is unknown: choose from {', '.join(RECIPES)}")
-        if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
-            raise LayerFusionError(f"problem_type {self.problem_type!r} is unknown: choose from {PROBLEM_TYPES}")
         _check_label_maps(self.id2label, self.label2id, kwargs.get("num_labels"))
         self.backbone_config = _as_config(self.backbone_config)
         # The parent hands its attention implementation down, so without this it would reset the backbone's to None.
@@ -109,11 +114,11 @@ class LayerFusionConfig(PreTrainedConfig):
         layout = TokenLayout(**self.token_layout) if self.token_layout else _plain_layout(self.backbone_config)
         self.token_layout = layout.to_dict()
         self.layers = resolve_layers(recipe.layers if self.layers is None else self.layers, layout.num_layers)
-        self.modules = list(recipe.modules if self.modules is None else self.modules)
+        self.modules = _as_list(recipe.modules if self.modules is None else self.modules)
         if self.pools is None:
             # A recipe adapts to a backbone without CLS; a pool that was asked for does not.
             self.pools = [pool for pool in recipe.pools if pool != "cls" or layout.has_cls] or ["mean"]
-        self.pools = list(self.pools)
+        self.pools = _as_list(self.pools)
         if "cls" in self.pools and not layout.has_cls:
             raise LayerFusionError(f"pools={self.pools}: this backbone has no CLS token, use pools=['mean']")
         self.head_type = self.head_type or recipe.head_type
@@ -133,19 +138,23 @@ class LayerFusionConfig(PreTrainedConfig):
                 f"and only layer {self.num_backbone_layers} has 'final_norm'"
             )
         for name in ("attention_dropout", "projection_dropout", "noise_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise LayerFusionError(f"{name}={getattr(self, name)} is not a probability: use 0 to 1")
+            if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) <= 1:
+                raise LayerFusionError(f"{name}={getattr(self, name)!r} is not a probability: use 0 to 1")
         for name in ("noise_std", "backbone_lr_factor"):
-            if getattr(self, name) < 0:
-                raise LayerFusionError(f"{name}={getattr(self, name)} is negative")
+            if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
+                raise LayerFusionError(f"{name}={getattr(self, name)!r}: use 0 or a positive number")
         for name in ("num_queries", "head_dim_multiplier", "num_heads"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise LayerFusionError(f"{name}={value}: use 1 or more")
+            if value is not None and (type(value) is not int or value < 1):
+                raise LayerFusionError(f"{name}={value!r}: use 1 or more")
+        if self.num_heads is not None and self.num_heads > self.hidden_size:
+            raise LayerFusionError(f"num_heads={self.num_heads} does not fit tokens of width {self.hidden_size}")
         if self.class_weights is not None and len(self.class_weights) != self.num_labels:
             raise LayerFusionError(
                 f"class_weights has {len(self.class_weights)} entries, but num_labels is {self.num_labels}"
             )
+        if self.class_weights is not None and not all(_is_number(w) and w >= 0 for w in self.class_weights):
+            raise LayerFusionError(f"class_weights={self.class_weights} must be 0 or positive numbers")
 
     @property
     def layout(self) -> TokenLayout:
@@ -209,6 +218,14 @@ def _plain_layout(backbone_config: PreTrainedConfig) -> TokenLayout:
             "build the head with from_backbone, which measures it"
         ) from error
     return TokenLayout("tokens", tuple(widths), (0,))
+
+
+def _as_list(values: str | Sequence[str]) -> list[str]:
+    return [values] if isinstance(values, str) else list(values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_choices(name: str, values: Sequence[str], legal: Sequence[str]) -> None:

@@ -6,7 +6,10 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+from sklearn.model_selection import train_test_split
 from transformers.utils import logging
 
 from .errors import LayerFusionError
@@ -19,7 +22,7 @@ SPLIT_NAMES = {
     "validation": ("validation", "val", "valid", "dev"),
     "test": ("test", "testing"),
 }
-# Images that a saved dataset and an image folder may be told apart by.
+# What tells a saved dataset from a folder of images.
 _SAVED_DATASET_FILES = ("dataset_dict.json", "state.json")
 
 
@@ -43,14 +46,15 @@ def open_dataset(source: str | Path, *, name: str | None = None, revision: str |
             opened = load_dataset("imagefolder", data_dir=str(folder))
         else:
             opened = load_dataset(str(source), name, revision=revision)
-    except (OSError, ValueError, ConnectionError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         kind = "holds no images and no saved dataset" if folder.is_dir() else "is neither a folder nor a Hub dataset"
         raise LayerFusionError(f"dataset {str(source)!r} {kind} that can be opened: {error}") from error
     splits = DatasetDict({"train": opened}) if isinstance(opened, Dataset) else opened
     renamed = DatasetDict()
     for split, rows in splits.items():
         ours = next((ours for ours, names in SPLIT_NAMES.items() if split in names), split)
-        renamed[ours] = rows
+        is_taken = ours != split and (ours in splits or ours in renamed)
+        renamed[split if is_taken else ours] = rows
     return renamed
 
 
@@ -96,19 +100,24 @@ def _existing(dataset: Dataset, column: str, option: str) -> str:
 
 
 def encode_labels(splits: DatasetDict, label_column: str) -> DatasetDict:
-    """Turn text labels into class indices, the same in all splits; other labels are left alone."""
-    feature = splits["train"].features[label_column]
+    """Turn text labels into class indices, the same in all splits; other labels are left alone.
+
+    Raises:
+        LayerFusionError: if a row has no label.
+    """
+    feature = next(iter(splits.values())).features[label_column]
     if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string")):
         return splits
-    names = sorted({label for rows in splits.values() for label in rows.unique(label_column)})
-    classes = ClassLabel(names=names)
-
-    def encode(batch: dict[str, list]) -> dict[str, list]:
-        return {label_column: classes.str2int(batch[label_column])}
-
-    features = splits["train"].features.copy()
-    features[label_column] = classes
-    return DatasetDict({split: rows.map(encode, batched=True, features=features) for split, rows in splits.items()})
+    names: set[str] = set()
+    for split, rows in splits.items():
+        found = rows.unique(label_column)
+        if None in found:
+            raise LayerFusionError(
+                f"split {split!r} has rows without a label in {label_column!r}: remove them, or give the labels"
+            )
+        names.update(found)
+    classes = ClassLabel(names=sorted(names))
+    return DatasetDict({split: rows.cast_column(label_column, classes) for split, rows in splits.items()})
 
 
 def label_options(dataset: Dataset, label_column: str) -> dict[str, Any]:
@@ -121,36 +130,46 @@ def label_options(dataset: Dataset, label_column: str) -> dict[str, Any]:
     if isinstance(feature, ClassLabel):
         return {"id2label": list(feature.names), "problem_type": "single_label_classification"}
     labels = dataset.select_columns([label_column])[label_column][:]
-    if isinstance(feature, Value) and feature.dtype.startswith(("int", "uint")):
-        return {"num_labels": max(labels) + 1, "problem_type": "single_label_classification"}
+    if not labels or None in labels:
+        raise LayerFusionError(f"the training rows have no label or lack some in {label_column!r}")
+    if _holds_indices(feature):
+        return {"num_labels": int(max(labels)) + 1, "problem_type": "single_label_classification"}
     if isinstance(feature, Value) and feature.dtype.startswith("float"):
         return {"num_labels": 1, "problem_type": "regression"}
-    if labels and isinstance(labels[0], list):
+    if isinstance(labels[0], list):
         return {"num_labels": len(labels[0]), "problem_type": "multi_label_classification"}
     raise LayerFusionError(f"label column {label_column!r} holds {feature}, which is neither classes nor numbers")
+
+
+def _holds_indices(feature: Any) -> bool:
+    return isinstance(feature, ClassLabel) or (
+        isinstance(feature, Value) and feature.dtype.startswith(("int", "uint", "bool"))
+    )
 
 
 def with_test_split(splits: DatasetDict, label_column: str, *, seed: int = 0, test_size: float = 0.2) -> DatasetDict:
     """The same splits; where there is no test split, a fifth of the training rows, stratified by class, becomes one.
 
     Raises:
-        LayerFusionError: if there is no training split.
+        LayerFusionError: if there is no training split, or it cannot be split.
     """
     if "train" not in splits:
         raise LayerFusionError(f"the dataset has no split 'train', only {list(splits)}")
+    rows = splits["train"]
+    if not len(rows):
+        raise LayerFusionError("the dataset is empty: its split 'train' has no rows")
     if "test" in splits:
         return splits
-    is_classes = isinstance(splits["train"].features[label_column], ClassLabel)
+    labels = rows[label_column][:] if _holds_indices(rows.features[label_column]) else None
     try:
-        parts = splits["train"].train_test_split(
-            test_size=test_size, seed=seed, stratify_by_column=label_column if is_classes else None
-        )
+        train, test = train_test_split(np.arange(len(rows)), test_size=test_size, random_state=seed, stratify=labels)
     except ValueError as error:
         raise LayerFusionError(
-            f"the dataset has no test split, and its {len(splits['train'])} training rows cannot be split: {error}"
+            f"the dataset has no test split, and its {len(rows)} training rows cannot be divided by class "
+            f"({error}): add images, or a test split"
         ) from error
     logger.warning(f"the dataset has no test split: {test_size:.0%} of the training rows are held out (seed {seed})")
-    return DatasetDict({**splits, "train": parts["train"], "test": parts["test"]})
+    return DatasetDict({**splits, "train": rows.select(np.sort(train)), "test": rows.select(np.sort(test))})
 
 
 def resize_processor(processor: Any, image_size: int) -> Any:

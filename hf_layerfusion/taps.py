@@ -132,6 +132,8 @@ def _read_hooks(
 
         return hook
 
+    if deepest := max((layer for layer, _ in taps if layer > len(blocks)), default=0):
+        raise LayerFusionError(f"layer {deepest} cannot be read: this backbone has layers 0 to {len(blocks)}")
     try:
         for tap in taps:
             layer, module = tap

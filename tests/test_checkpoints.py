@@ -215,13 +215,15 @@ def test_backbone_in_another_dtype_is_a_warning(head, make_vit, caplog):
     assert loaded.backbone.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("include_backbone", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, "bfloat16", "auto"])
-def test_other_dtypes(head, model, dtype, caplog):
+def test_other_dtypes(model, tmp_path, dtype, include_backbone, caplog):
     """The backbone's weights are compared as they were, then cast, so this is no mismatch."""
-    loaded = load(head, dtype=dtype)
+    model.save_pretrained(tmp_path / "head", include_backbone=include_backbone)
+    loaded = load(tmp_path / "head", dtype=dtype)
     assert not caplog.records
     expected = {"bfloat16": torch.bfloat16, "auto": torch.float32}.get(dtype, dtype)
-    assert loaded.backbone.dtype == loaded.head.query.dtype == expected
+    assert {p.dtype for p in loaded.parameters()} == {expected}
     # Eight bits of mantissa through four blocks: a few percent of logits of scale one.
     torch.testing.assert_close(logits_of(loaded).float(), logits_of(model), atol=0.05, rtol=0)
 
@@ -277,6 +279,8 @@ def test_half_precision_backbone_comes_back_as_it_was(backbone, tmp_path, includ
     assert not caplog.records
     assert (loaded.backbone.dtype, loaded.head.query.dtype) == (torch.bfloat16, torch.float32)
     assert_same_logits(loaded, model)
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same_logits(load(tmp_path / "again"), model)
 
 
 def test_fine_tuned_backbone_is_never_lost(backbone, tmp_path):

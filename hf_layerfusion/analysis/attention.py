@@ -60,7 +60,7 @@ def summarise_attentions(
     """Run batches through the model and collect the layer attentions.
 
     Args:
-        model: with an attentive or scalar-mix head.
+        model: with an attentive or scalar-mix head; it is left in eval mode.
         batches: each holds `pixel_values` or `layer_features`; other entries are ignored.
 
     Raises:
@@ -70,7 +70,9 @@ def summarise_attentions(
     total = squares = torch.zeros(0)
     model.eval()
     for batch in batches:
-        inputs = {key: value for key, value in batch.items() if key in ("pixel_values", "layer_features")}
+        inputs = {
+            key: value.to(model.device) for key, value in batch.items() if key in ("pixel_values", "layer_features")
+        }
         with torch.no_grad():
             attentions = model(**inputs, output_attentions=True).layer_attentions
         if attentions is None:

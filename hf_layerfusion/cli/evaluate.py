@@ -7,37 +7,50 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
+import tempfile
 
-from .options import add_dataset_options, add_device_option, add_model_options, add_seed_option, open_model, open_split
+from datasets import ClassLabel
+from transformers import Trainer, TrainingArguments
+
+from ..errors import LayerFusionError
+from ..training import ImageCollator, build_compute_metrics
+from .options import (
+    add_dataset_options,
+    add_device_option,
+    add_model_options,
+    check_images,
+    open_model,
+    open_split,
+    output_file,
+    plain_metrics,
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     add_dataset_options(parser)
     parser.add_argument("--split", default="test", help="default: test")
-    parser.add_argument("--output", help="also write the JSON to this file")
-    add_seed_option(parser)
+    parser.add_argument("--output", help="write the JSON to this file instead of standard output")
     add_device_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    import tempfile
+    with output_file(arguments.output) as out:
+        out.write(json.dumps(measure(arguments), indent=1) + "\n")
 
-    from datasets import ClassLabel, Image
-    from transformers import Trainer, TrainingArguments
 
-    from ..errors import LayerFusionError
-    from ..training import ImageCollator, build_compute_metrics
-
+def measure(arguments: argparse.Namespace) -> dict[str, float | str]:
+    """The metrics of the head that the arguments name, on the split that they name."""
     rows, image_column, label_column = open_split(arguments)
     model = open_model(arguments)
     feature = rows.features[label_column]
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     if isinstance(feature, ClassLabel) and list(feature.names) != names:
         raise LayerFusionError(
-            f"the dataset's classes {feature.names[:5]} are not the head's {names[:5]}: labels would not mean the same"
+            f"the dataset has {feature.num_classes} classes ({_some(feature.names)}), but the head has {len(names)} "
+            f"({_some(names)}): evaluate on images of the head's own classes"
         )
+    check_images(rows, image_column)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
@@ -52,13 +65,9 @@ def run(arguments: argparse.Namespace) -> None:
             data_collator=ImageCollator(model.image_processor, image_column, label_column, model.config.num_labels),
             compute_metrics=build_compute_metrics(model.config),
         )
-        measured = trainer.evaluate(rows.cast_column(image_column, Image(decode=False)))
-    metrics = {
-        name.removeprefix("eval_"): value
-        for name, value in measured.items()
-        if not name.endswith(("runtime", "per_second"))
-    }
-    text = json.dumps({"split": arguments.split, "images": len(rows), **metrics}, indent=1)
-    if arguments.output:
-        Path(arguments.output).write_text(text + "\n")
-    print(text)
+        metrics = plain_metrics(trainer.evaluate(rows))
+    return {"split": arguments.split, "images": len(rows), **metrics}
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

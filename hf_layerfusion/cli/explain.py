@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import argparse
 
+from tqdm.auto import tqdm
+
+from ..analysis import summarise_attentions
+from ..analysis.plots import plot_attention
+from ..training import ImageCollator
 from .options import (
     add_dataset_options,
     add_device_option,
     add_model_options,
-    add_seed_option,
+    check_images,
     image_batches,
+    number,
     open_model,
     open_split,
     output_folder,
@@ -23,29 +29,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     add_dataset_options(parser)
     parser.add_argument("--split", default="test", help="default: test")
-    parser.add_argument("--max_images", type=int, default=512, help="images to look at (default: 512)")
+    parser.add_argument(
+        "--max_images", type=number(int, at_least=1), default=512, help="images to look at (default: 512)"
+    )
     parser.add_argument("--output_dir", required=True, help="folder of the two files")
-    add_seed_option(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of images (default: 0)")
     add_device_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from datasets import Image
-    from tqdm.auto import tqdm
-
-    from ..analysis import summarise_attentions
-    from ..analysis.plots import plot_attention
-    from ..training import ImageCollator
-
+    folder = output_folder("--output_dir", arguments.output_dir)
     rows, image_column, label_column = open_split(arguments)
     if len(rows) > arguments.max_images:
         rows = rows.shuffle(seed=arguments.seed).select(range(arguments.max_images))
     model = open_model(arguments)
-    collator = ImageCollator(model.image_processor, image_column, label_column)
-    images = rows.cast_column(image_column, Image(decode=False))
-    batches = image_batches(model, images, arguments, collator)
+    check_images(rows, image_column)
+    batches = image_batches(rows, arguments, ImageCollator(model.image_processor, image_column, label_column))
     summary = summarise_attentions(model, tqdm(batches, desc="explaining", unit="batch", delay=2))
-    folder = output_folder(arguments.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     plot_attention(summary, folder / "layer_attention.png", f"Layer attention, {model.config.recipe}")
     summary.save_json(folder / "layer_attention.json")
     heaviest = summary.token_weights.argsort(descending=True)[:3].tolist()

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import argparse
 
+from transformers import AutoConfig
+
+from ..backbones import describe_backbone, open_backbone
+from ..configuration_layer_fusion import LayerFusionConfig
+from ..errors import LayerFusionError
+from ..heads import build_head
+from ..recipes import RECIPES
+from ..taps import available_modules
+from .options import number
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="BACKBONE_OR_HEAD", help="Hub id or folder")
-    parser.add_argument("--num_labels", type=int, default=100, help="for the size of a new head (default: 100)")
+    parser.add_argument(
+        "--num_labels", type=number(int, at_least=1), default=100, help="for the size of a new head (default: 100)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from transformers import AutoConfig
-
-    from ..configuration_layer_fusion import LayerFusionConfig
-    from ..errors import LayerFusionError
-
     try:
         config = AutoConfig.from_pretrained(arguments.name)
     except (OSError, ValueError) as error:
@@ -29,8 +36,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _describe_head(config) -> None:
-    from ..heads import build_head
-
     parameters = sum(parameter.numel() for parameter in build_head(config).parameters())
     fingerprint = (config.backbone_fingerprint or {}).get("digest", "none")
     print(f"head: recipe {config.recipe}, {config.head_type}, {parameters:,} parameters")
@@ -46,13 +51,6 @@ def _describe_head(config) -> None:
 
 
 def _describe_backbone(arguments: argparse.Namespace) -> None:
-    from ..backbones import describe_backbone, open_backbone
-    from ..configuration_layer_fusion import LayerFusionConfig
-    from ..errors import LayerFusionError
-    from ..heads import build_head
-    from ..recipes import RECIPES
-    from ..taps import available_modules
-
     backbone = open_backbone(arguments.name)
     layout = describe_backbone(backbone.model)
     parameters = sum(parameter.numel() for parameter in backbone.model.parameters())

@@ -51,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except LayerFusionError as error:
-        print(f"layerfusion {arguments.command}: {error}", file=sys.stderr)
+    except (LayerFusionError, OSError) as error:  # such as a full disk, or a folder that may not be read
+        print(f"layerfusion {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; finished shards and checkpoints are kept", file=sys.stderr)
+        print("\ninterrupted; finished shards of features are kept", file=sys.stderr)
         return 130
     return 0
 

@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,7 +16,6 @@ from datasets import Dataset, DatasetDict, Image
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import set_seed
 
 from ..bank import MODULES, POOLS
 from ..data import (
@@ -29,17 +28,19 @@ from ..data import (
     with_test_split,
 )
 from ..errors import LayerFusionError
+from ..features import LayerFeatures, extract_features
+from ..features.manifest import STORAGE_DTYPES
 from ..images import check_image
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
 from ..recipes import RECIPES
 from ..training.collators import ImageCollator
 
 DTYPES = ("float32", "bfloat16", "float16")
-# What `Trainer.evaluate` reports beside the metrics.
-_TIMINGS = ("runtime", "per_second", "preparation_time")
 
 
-def number(kind: type[int] | type[float], at_least: float | None = None, above: float | None = None) -> Callable:
+def number(
+    kind: type[int | float], *, at_least: float | None = None, above: float | None = None
+) -> Callable[[str], float]:
     """An argparse type: a finite number with a lower bound."""
 
     def parse(text: str) -> float:
@@ -47,10 +48,11 @@ def number(kind: type[int] | type[float], at_least: float | None = None, above: 
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value) or (at_least is not None and value < at_least):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {at_least} up")
-        if above is not None and value <= above:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number above {above}")
+        whole = "a whole number" if kind is int else "a number"
+        if at_least is not None and not at_least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {whole} from {at_least} up")
+        if above is not None and not above < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {whole} above {above}")
         return value
 
     return parse
@@ -61,14 +63,22 @@ def add_dataset_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dataset",
         required=True,
-        help="Hub id, folder of images (folder/class/picture.png, or train/ and test/ above), or saved dataset; "
-        "without a test split, a fifth of the training images is held out, always the same one",
+        help="Hub id, folder of images (folder/class/picture.png, or with train/ and test/ above), or saved dataset; "
+        "without a test split, a fifth of the training images is held out, always the same ones",
     )
     group.add_argument("--dataset_name", help="configuration of a Hub dataset")
     group.add_argument("--image_column", help="default: the only image column")
     group.add_argument("--label_column", help="default: 'label', or the only column of classes")
-    group.add_argument("--batch_size", type=int, default=32, help="images per forward pass (default: 32)")
-    group.add_argument("--num_workers", type=int, default=0, help="processes that decode images (default: 0)")
+    add_batch_option(group)
+    group.add_argument(
+        "--num_workers", type=number(int, at_least=0), default=0, help="processes that decode images (default: 0)"
+    )
+
+
+def add_batch_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--batch_size", type=number(int, at_least=1), default=32, help="images per forward pass (default: 32)"
+    )
 
 
 def add_backbone_options(parser: argparse.ArgumentParser) -> None:
@@ -76,23 +86,35 @@ def add_backbone_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--backbone", required=True, help="Hub id or folder of a vision model")
     group.add_argument("--revision", help="branch, tag or commit of the backbone; the commit is pinned in the head")
     group.add_argument("--recipe", default="alf", metavar="NAME", help=f"one of {', '.join(RECIPES)} (default: alf)")
-    group.add_argument("--layers", help="all, last, numbers such as 3,6,12 or -1,-2 (0: embeddings), a:b, or spaced:n")
+    group.add_argument(
+        "--layers",
+        help="all, last, a:b, spaced:n, or numbers such as 3,6,12 (0: embeddings; negative numbers count from the end "
+        "and need an equals sign: --layers=-1,-2)",
+    )
     group.add_argument("--modules", help=f"comma-separated, from {', '.join(MODULES)}")
     group.add_argument("--pools", help=f"comma-separated, from {', '.join(POOLS)}")
-    group.add_argument("--image_size", type=int, help="pixels, if other than the backbone's processor says")
-    group.add_argument("--dtype", default="float32", help="of the backbone: float32, bfloat16 or float16")
+    group.add_argument(
+        "--image_size", type=number(int, at_least=1), help="pixels, if other than the backbone's processor says"
+    )
+    group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the backbone (default: float32)")
 
 
-def add_seed_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--feature_dtype", choices=STORAGE_DTYPES, default="float16", help="of the cached tokens (default: float16)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace caches that were made from something else")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("head")
+    group.add_argument("--model", required=True, help="Hub id or folder of a head")
+    group.add_argument("--backbone", help="use this backbone instead of the pinned one (its weights are compared)")
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default=default_device(), help="default: %(default)s")
-
-
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help="such as cpu or cuda (default: %(default)s)")
 
 
 def open_splits(arguments: argparse.Namespace) -> tuple[DatasetDict, str, str]:
@@ -101,25 +123,32 @@ def open_splits(arguments: argparse.Namespace) -> tuple[DatasetDict, str, str]:
     first = next(iter(splits.values()))
     image_column = find_image_column(first, arguments.image_column)
     label_column = find_label_column(first, arguments.label_column)
-    splits = with_test_split(splits, label_column, seed=getattr(arguments, "seed", 0))
-    return encode_labels(splits, label_column), image_column, label_column
+    # The rows that are held out do not depend on any option: no command may measure a head on rows it was trained on.
+    return with_test_split(encode_labels(splits, label_column), label_column), image_column, label_column
 
 
 def open_split(arguments: argparse.Namespace) -> tuple[Dataset, str, str]:
-    """One split, the one named by `--split`."""
+    """One split, the one named by `--split`; its images are files or bytes, for [`ImageCollator`]."""
     splits, image_column, label_column = open_splits(arguments)
     if arguments.split not in splits:
         raise LayerFusionError(f"the dataset has no split {arguments.split!r}, only {list(splits)}")
-    return splits[arguments.split], image_column, label_column
+    rows = splits[arguments.split]
+    if not len(rows):
+        raise LayerFusionError(f"split {arguments.split!r} of the dataset is empty")
+    return rows.cast_column(image_column, Image(decode=False)), image_column, label_column
+
+
+def check_images(rows: Dataset, image_column: str) -> None:
+    """Refuse a corrupt image before the long work starts."""
+    for row, value in enumerate(tqdm(rows[image_column], desc="checking images", unit="image", delay=2)):
+        check_image(value, f"row {row}" + (f" ({value['path']})" if value and value.get("path") else ""))
 
 
 def build_model(
     arguments: argparse.Namespace, labels: Dataset, label_column: str, **overrides: Any
 ) -> ViTForAttentiveLayerFusionClassification:
     """A new head for the dataset's labels on the backbone that was asked for."""
-    if not hasattr(torch, arguments.dtype):
-        raise LayerFusionError(f"dtype {arguments.dtype!r} is unknown: use float32, bfloat16 or float16")
-    set_seed(arguments.seed)
+    _check_device(arguments.device)
     for option in ("modules", "pools"):
         if value := getattr(arguments, option):
             overrides[option] = [part.strip() for part in value.split(",")]
@@ -134,14 +163,50 @@ def build_model(
         **overrides,
     )
     if arguments.image_size:
-        if model.image_processor is None:
-            raise LayerFusionError(f"{arguments.backbone} has no image processor whose image_size could be set")
-        model.image_processor = resize_processor(model.image_processor, arguments.image_size)
+        _set_image_size(model, arguments.image_size)
     return model.to(arguments.device)
+
+
+def _set_image_size(model: ViTForAttentiveLayerFusionClassification, image_size: int) -> None:
+    name = model.config.backbone_name_or_path
+    if model.image_processor is None:
+        raise LayerFusionError(f"{name} has no image processor whose image_size could be set")
+    model.image_processor = resize_processor(model.image_processor, image_size)
+    blank = PILImage.new("RGB", (image_size, image_size))
+    try:
+        model.extract_layer_features(model.image_processor(images=blank, return_tensors="pt")["pixel_values"])
+    except (RuntimeError, ValueError) as error:
+        raise LayerFusionError(f"--image_size {image_size} is no size that {name} can read: {error}") from error
+
+
+def extract_splits(
+    arguments: argparse.Namespace,
+    model: ViTForAttentiveLayerFusionClassification,
+    splits: Mapping[str, Dataset],
+    folder: Path,
+    image_column: str,
+    label_column: str,
+) -> dict[str, LayerFeatures]:
+    """One feature cache per split, in folders named after them; small splits first, so that bad ones show early."""
+    return {
+        split: extract_features(
+            model,
+            splits[split],
+            folder / split,
+            image_column=image_column,
+            label_column=label_column,
+            batch_size=arguments.batch_size,
+            num_workers=arguments.num_workers,
+            dtype=arguments.feature_dtype,
+            overwrite=arguments.overwrite,
+        )
+        for split in sorted(splits, key=lambda name: len(splits[name]))
+    }
 
 
 def open_model(arguments: argparse.Namespace) -> ViTForAttentiveLayerFusionClassification:
     """The saved head that was asked for, with its backbone."""
+    _check_device(arguments.device)
     try:
         model = ViTForAttentiveLayerFusionClassification.from_pretrained(
             arguments.model, **({"backbone": arguments.backbone} if arguments.backbone else {})
@@ -155,25 +220,52 @@ def open_model(arguments: argparse.Namespace) -> ViTForAttentiveLayerFusionClass
     return model.to(arguments.device)
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("head")
-    group.add_argument("--model", required=True, help="Hub id or folder of a head")
-    group.add_argument("--backbone", help="use this backbone instead of the pinned one (its weights are compared)")
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # unknown name; build without support for it
+        reason = str(error).split("\n", 1)[0]
+        raise LayerFusionError(f"--device {name!r} cannot be used on this machine: {reason}") from error
 
 
-def image_batches(
-    model: ViTForAttentiveLayerFusionClassification,
-    images: Any,
-    arguments: argparse.Namespace,
-    collator: ImageCollator,
-) -> DataLoader:
+def image_batches(rows: Dataset, arguments: argparse.Namespace, collator: ImageCollator) -> DataLoader:
     """Batches of pixel values."""
-    return DataLoader(images, arguments.batch_size, num_workers=arguments.num_workers, collate_fn=collator)
+    # `Dataset` of datasets is one that a `DataLoader` reads, without being a subclass of torch's.
+    return DataLoader(rows, arguments.batch_size, num_workers=arguments.num_workers, collate_fn=collator)  # type: ignore[arg-type]
 
 
-def output_folder(path: str) -> Path:
+def plain_metrics(measured: Mapping[str, float]) -> dict[str, float]:
+    """What `Trainer.evaluate` returned, without its prefix and its timings."""
+    return {
+        name.removeprefix("eval_"): value
+        for name, value in measured.items()
+        if name.startswith("eval_") and not name.endswith(("runtime", "per_second", "preparation_time"))
+    }
+
+
+def output_folder(option: str, path: str) -> Path:
+    """A folder that can be written to. It is created by whoever writes the first file into it."""
     folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise LayerFusionError(f"--output_dir {folder} is a file: give a folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    existing = next(part for part in (folder, *folder.absolute().parents) if part.exists())
+    if not existing.is_dir():
+        raise LayerFusionError(f"{option} {folder}: {existing} is a file, give a folder")
+    if not os.access(existing, os.W_OK):
+        raise LayerFusionError(f"{option} {folder}: {existing} cannot be written to, give another folder")
     return folder
+
+
+@contextmanager
+def output_file(path: str | None) -> Iterator[TextIO]:
+    """Standard output, or a file that appears under its name when it is complete."""
+    if path is None:
+        yield sys.stdout
+        return
+    if Path(path).is_dir():
+        raise LayerFusionError(f"--output {path} is a folder: give a file")
+    staged = Path(f"{path}.tmp")
+    try:
+        with open(staged, "w", encoding="utf-8") as file:
+            yield file
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)

@@ -7,32 +7,38 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from .options import add_device_option, add_model_options, open_model
+from tqdm.auto import tqdm
+from transformers import pipeline
+
+from ..errors import LayerFusionError
+from ..images import check_image, decode_image, find_images
+from .options import add_batch_option, add_device_option, add_model_options, number, open_model, output_file
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files or folders of pictures")
     add_model_options(parser)
-    parser.add_argument("--top_k", type=int, default=5, help="labels to name per picture (default: 5)")
-    parser.add_argument("--batch_size", type=int, default=16, help="images per forward pass (default: 16)")
+    parser.add_argument(
+        "--top_k", type=number(int, at_least=1), default=5, help="labels to name per picture (default: 5)"
+    )
+    add_batch_option(parser)
     parser.add_argument("--output", help="write to this file instead of standard output")
     add_device_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from tqdm.auto import tqdm
-    from transformers import pipeline
+    with output_file(arguments.output) as out:
+        for line in _predict(arguments):
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-    from ..images import check_image, decode_image
 
+def _predict(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     files = list(_files(arguments.images))
-    for file in files:
+    for file in tqdm(files, desc="checking images", unit="image", delay=2):
         check_image(file, str(file))
     model = open_model(arguments)
     classify: Any = pipeline(
@@ -40,15 +46,12 @@ def run(arguments: argparse.Namespace) -> None:
     )
     pictures = (decode_image(file, str(file)) for file in files)
     results = classify(pictures, batch_size=arguments.batch_size, top_k=arguments.top_k)
-    with open(arguments.output, "w") if arguments.output else nullcontext(sys.stdout) as out:
-        for file, predictions in zip(files, tqdm(results, total=len(files), unit="image", delay=2), strict=True):
-            out.write(json.dumps({"file": str(file), "predictions": predictions}, ensure_ascii=False) + "\n")
+    progress = tqdm(results, total=len(files), desc="classifying", unit="image", delay=2)
+    for file, predictions in zip(files, progress, strict=True):
+        yield {"file": str(file), "predictions": predictions}
 
 
 def _files(paths: list[str]) -> Iterator[Path]:
-    from ..errors import LayerFusionError
-    from ..images import find_images
-
     for path in map(Path, paths):
         if path.is_dir():
             found = find_images(path)

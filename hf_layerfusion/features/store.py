@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from ..bank import TokenBank
@@ -208,6 +207,9 @@ class LayerFeatures(torch.utils.data.Dataset):
         Raises:
             LayerFusionError: if a class is too small to be split.
         """
+        # Here, because scikit-learn takes seconds to import and most uses of a cache never split it.
+        from sklearn.model_selection import train_test_split
+
         is_classes = self.labels is not None and self.labels.ndim == 1 and self.labels.dtype.kind in "iu"
         try:
             train, test = train_test_split(

@@ -93,6 +93,10 @@ class AttentiveFusionHead(nn.Module):
                 f"set num_heads to something from 1 to {hidden_size}"
             )
         self.implementation = implementation
+        if num_queries < 1 or head_dim_multiplier < 1:
+            raise LayerFusionError(
+                f"num_queries={num_queries} and head_dim_multiplier={head_dim_multiplier} must be 1 or more"
+            )
         self.head_dim = head_dim_multiplier * (hidden_size // self.num_heads)
         self.scale = self.head_dim**-0.5
         inner = self.num_heads * self.head_dim

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from ..errors import LayerFusionError
+
 
 class ScalarMixHead(nn.Module):
     """`logits = W vec(gamma * sum_t softmax(w)_t x_t) + b` over the taps t, each holding `num_pools` tokens.
@@ -15,6 +17,8 @@ class ScalarMixHead(nn.Module):
 
     def __init__(self, hidden_size: int, num_tokens: int, num_labels: int, num_pools: int = 1):
         super().__init__()
+        if num_tokens % num_pools:
+            raise LayerFusionError(f"{num_tokens} tokens cannot be {num_pools} pools of each tap")
         self.num_pools = num_pools
         self.layer_logits = nn.Parameter(torch.zeros(num_tokens // num_pools))
         self.gamma = nn.Parameter(torch.ones(1))
