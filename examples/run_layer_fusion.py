@@ -49,8 +49,12 @@ class ModelArguments:
     backbone: str = field(metadata={"help": "Hub id or folder of a vision model."})
     backbone_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the backbone."})
     recipe: str = field(default="alf", metadata={"help": f"One of {', '.join(RECIPES)}."})
-    layers: str | None = field(default=None, metadata={"help": "all, last, 3,6,12, -1,-2, a:b or spaced:n."})
-    attention_dropout: float = field(default=0.0, metadata={"help": "Dropout on the layer attentions."})
+    layers: str | None = field(
+        default=None, metadata={"help": "all, last, a:b, spaced:n, 3,6,12, or, with an equals sign, --layers=-1,-2."}
+    )
+    attention_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout on the layer attentions; default: the recipe's."}
+    )
     noise_std: float = field(default=0.0, metadata={"help": "Gaussian noise on the tokens; the paper uses 0.05."})
     freeze_backbone: bool = field(default=True, metadata={"help": "False fine-tunes the backbone too."})
     backbone_lr_factor: float = field(
@@ -77,16 +81,25 @@ class DataArguments:
 
 def main() -> None:
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        model_args, data_args, training_args = parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
-    else:
-        model_args, data_args, training_args = parser.parse_args_into_dataclasses()
+    try:
+        if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
+            model_args, data_args, training_args = parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
+        else:
+            model_args, data_args, training_args = parser.parse_args_into_dataclasses()
+    except (
+        OSError,
+        TypeError,
+        ValueError,
+    ) as error:  # a file that is not there, arguments that are unknown or lacking
+        parser.error(str(error))
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
         level=logging.INFO if training_args.should_log else logging.WARNING,
     )
-    if training_args.should_log:
-        transformers.utils.logging.set_verbosity_info()
+    if not training_args.do_train:
+        raise LayerFusionError(
+            "there is nothing to do without --do_train; `layerfusion evaluate` measures a saved head"
+        )
     if not model_args.freeze_backbone:
         data_args.train_from_pixels = True  # tokens of a backbone that learns cannot be cached
     set_seed(training_args.seed)
@@ -95,7 +108,7 @@ def main() -> None:
     splits = open_dataset(data_args.dataset, name=data_args.dataset_name)
     image_column = find_image_column(splits["train"], data_args.image_column)
     label_column = find_label_column(splits["train"], data_args.label_column)
-    splits = encode_labels(with_test_split(splits, label_column), label_column)
+    splits = with_test_split(encode_labels(splits, label_column), label_column)
     for split, limit in (("train", data_args.max_train_samples), ("test", data_args.max_eval_samples)):
         if limit is not None:
             rows = splits[split].shuffle(seed=0)
@@ -140,34 +153,46 @@ def main() -> None:
             }
         collator = LayerFeatureCollator(len(model.config.bank), model.config.num_labels)
 
+    if training_args.should_log:
+        transformers.utils.logging.set_verbosity_info()
+    # The model pushes itself at the end: Trainer would push the features too, and a card of its own.
+    push_to_hub, training_args.push_to_hub = training_args.push_to_hub, False
     trainer = Trainer(
         model=model,
         args=training_args,
-        train_dataset=datasets["train"] if training_args.do_train else None,
+        train_dataset=datasets["train"],
         eval_dataset=datasets["test"],
         data_collator=collator,
         compute_metrics=build_compute_metrics(model.config),
         processing_class=model.image_processor,
         optimizer_cls_and_kwargs=adamw(model, training_args),
     )
-
-    if training_args.do_train:
-        checkpoint = training_args.resume_from_checkpoint
-        if checkpoint is None and os.path.isdir(training_args.output_dir):
-            checkpoint = get_last_checkpoint(training_args.output_dir)
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-        trainer.save_state()
+    checkpoint = training_args.resume_from_checkpoint
+    if checkpoint is None and os.path.isdir(training_args.output_dir):
+        checkpoint = get_last_checkpoint(training_args.output_dir)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
 
     if training_args.do_eval:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+        names = ("accuracy", "balanced_accuracy", "macro_f1")
+        model.training_summary = {
+            "dataset": Path(data_args.dataset).name if os.path.exists(data_args.dataset) else data_args.dataset,
+            "split": "test",
+            "metrics": {name: metrics[f"eval_{name}"] for name in names if f"eval_{name}" in metrics},
+        }
 
-    if training_args.push_to_hub:
-        trainer.push_to_hub()
+    trainer.save_model()
+    if push_to_hub and trainer.is_world_process_zero():
+        model.push_to_hub(
+            training_args.hub_model_id or Path(training_args.output_dir).name,
+            token=training_args.hub_token,
+            private=training_args.hub_private_repo,
+        )
 
 
 if __name__ == "__main__":

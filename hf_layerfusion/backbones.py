@@ -137,6 +137,8 @@ def open_backbone(
         if kwargs:
             raise LayerFusionError(f"{sorted(kwargs)} can only be given when the backbone is a Hub id or a folder")
         name = backbone.name_or_path or None
+        if name is not None and Path(name).is_dir():
+            name = str(Path(name).resolve())  # a relative path means nothing from another folder
         return OpenedBackbone(_tower_of(backbone).eval(), name, revision, image_processor)
     name = str(backbone)
     hub_kwargs = {k: kwargs[k] for k in HUB_OPTIONS if k in kwargs}
@@ -161,7 +163,8 @@ def open_backbone(
 
 def _tower_of(model: PreTrainedModel) -> PreTrainedModel:
     """The backbone inside a model with a head, or the vision tower of an image-text model; else the model itself."""
-    tower_class: Any = MODEL_MAPPING.get(type(getattr(model.config, "vision_config", model.config)), None)
+    config: Any = getattr(model.config, "vision_config", model.config)
+    tower_class: Any = MODEL_MAPPING.get(type(config), None)
     if tower_class is None or isinstance(model, tower_class):
         return model
     return next((module for module in model.modules() if isinstance(module, tower_class)), model)
@@ -194,15 +197,24 @@ def _load_model(
             f"backbone {name!r} is of type {config.model_type!r}, which AutoModel cannot open: "
             "load it yourself and pass the model instance"
         ) from error
+    refuse_lacking(f"the checkpoint of {name!r}", model, info)
+    return model.eval()
+
+
+def refuse_lacking(checkpoint: str, model: PreTrainedModel, info: dict[str, Any], prefix: str = "") -> None:
+    """Refuse a backbone some of whose weights were not in its checkpoint, by transformers' loading report.
+
+    Raises:
+        LayerFusionError: naming the tensors.
+    """
     lacking = sorted(
-        key for key in {*info["missing_keys"], *_mismatched_names(info)} if not key.startswith(POOLER_PREFIX)
+        prefix + key for key in {*info["missing_keys"], *_mismatched_names(info)} if not key.startswith(POOLER_PREFIX)
     )
     if lacking:
         raise LayerFusionError(
-            f"the checkpoint of {name!r} lacks or misshapes {len(lacking)} tensors of {type(model).__name__} "
+            f"{checkpoint} lacks or misshapes {len(lacking)} tensors of {type(model).__name__} "
             f"({_some(lacking)}): they would be random, so it is not used"
         )
-    return model.eval()
 
 
 def _without_remote_code(hub_kwargs: dict[str, Any]) -> dict[str, Any]:

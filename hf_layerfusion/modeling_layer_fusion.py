@@ -18,7 +18,6 @@ from transformers.utils import ModelOutput, logging
 
 from .backbones import (
     BACKBONE_OPTIONS,
-    HUB_OPTIONS,
     POOLER_PREFIX,
     WeightFingerprint,
     describe_backbone,
@@ -27,7 +26,7 @@ from .backbones import (
     pooler_kwargs,
 )
 from .bank import TokenBank
-from .checkpoints import BACKBONE_PREFIX, check_checkpoint, open_pinned_backbone, verify_weights
+from .checkpoints import BACKBONE_PREFIX, check_checkpoint, hub_options, open_config, open_pinned_backbone
 from .configuration_layer_fusion import HEAD_OPTIONS, LayerFusionConfig
 from .errors import LayerFusionError
 from .heads import AttentiveFusionHead, LinearHead, ScalarMixHead, build_head
@@ -36,6 +35,8 @@ from .losses import classification_loss
 from .reader import read_bank
 
 logger = logging.get_logger(__name__)
+
+PUSH_OPTIONS = ("commit_message", "private", "token", "revision", "create_pr")
 
 
 @dataclass
@@ -73,6 +74,8 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
     supports_gradient_checkpointing = True
     # `Trainer` would otherwise multiply the loss for a forward that ignores `num_items_in_batch`.
     accepts_loss_kwargs = False
+    # `from_pretrained` reads the head and the backbone of a bundle apart, each in its own dtype.
+    _keys_to_ignore_on_load_unexpected = [r"^backbone\."]  # noqa: RUF012
 
     config: LayerFusionConfig
 
@@ -267,11 +270,12 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
             save_directory: folder, created if needed.
             include_backbone: write the backbone too. By default only an unfrozen one, which nothing else holds.
             push_to_hub: also push, to `repo_id` or the folder's name.
-            kwargs: for `PreTrainedModel.save_pretrained`.
+            kwargs: for `PreTrainedModel.save_pretrained`, and for `push_to_hub` (`private`, `token`, ...).
 
         Raises:
             LayerFusionError: if a fine-tuned backbone would be lost.
         """
+        pushing = {option: kwargs.pop(option) for option in PUSH_OPTIONS if option in kwargs}
         if include_backbone is None:
             include_backbone = not self.config.freeze_backbone
         if not include_backbone and not self.config.freeze_backbone:
@@ -289,10 +293,13 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         if kwargs.get("is_main_process", True):
             if self.image_processor is not None:
                 self.image_processor.save_pretrained(save_directory)
-            card = build_card(self.config, self.training_summary, _count_parameters(self.head))
-            Path(save_directory, "README.md").write_text(str(card), encoding="utf-8")
+            self._write_card(save_directory, self.training_summary)
         if push_to_hub:
-            self.push_to_hub(repo_id or Path(save_directory).name, include_backbone=include_backbone)
+            self.push_to_hub(repo_id or Path(save_directory).name, include_backbone=include_backbone, **pushing)
+
+    def _write_card(self, folder: str | Path, summary: dict[str, Any]) -> None:
+        card = build_card(self.config, summary, _count_parameters(self.head))
+        Path(folder, "README.md").write_text(str(card), encoding="utf-8")
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -315,6 +322,7 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, include_backbone=include_backbone, **kwargs)
+            self._write_card(folder, {**self.training_summary, "repo_id": repo.repo_id})
             commit = api.upload_folder(
                 repo_id=repo.repo_id,
                 folder_path=folder,
@@ -352,36 +360,23 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
                 was trained on.
         """
         name = str(pretrained_model_name_or_path)
-        hub_kwargs = {
-            key: kwargs[key]
-            for key in ("revision", "subfolder", *HUB_OPTIONS)
-            if key in kwargs and key != "trust_remote_code"
-        }
+        hub_kwargs = hub_options(kwargs)
         if not isinstance(config, LayerFusionConfig):
-            config = LayerFusionConfig.from_pretrained(name if config is None else config, **hub_kwargs)
+            config = open_config(name if config is None else str(config), hub_kwargs)
         check_checkpoint(name, config, hub_kwargs)
-        bundled = config.includes_backbone and backbone is None
         kwargs.pop("use_safetensors", None)
         loaded: Any = super().from_pretrained(
             name,
             *model_args,
             config=config,
-            with_backbone=bundled,
+            with_backbone=False,
             use_safetensors=True,
             output_loading_info=True,
             **kwargs,
         )
         model, info = loaded
-        lacking = sorted(info["missing_keys"])
-        if lacking:
-            raise LayerFusionError(f"{name} lacks {len(lacking)} tensors of its backbone, such as {lacking[0]}")
-        if bundled:
-            verify_weights(config, model.backbone, verify_backbone)
-        else:
-            opened = open_pinned_backbone(config, backbone, verify_backbone, kwargs)
-            model._attach(opened.model, opened.image_processor)
-        stored = open_image_processor(name, hub_kwargs)
-        model.image_processor = stored or model.image_processor
+        opened = open_pinned_backbone(name, config, backbone, verify_backbone, kwargs)
+        model._attach(opened.model, open_image_processor(name, hub_kwargs) or opened.image_processor)
         return (model, info) if output_loading_info else model
 
 

@@ -352,7 +352,7 @@ def test_labels_of_the_wrong_shape(vit, features, problem_type, shape):
         ({"num_labels": None, "id2label": {1: "a", 2: "b"}}, "id2label must number its labels 0 to 1, but has [1, 2]"),
         ({"num_labels": 0}, "num_labels=0: use 1 or more"),
         ({"class_weights": [1.0, 2.0]}, "class_weights has 2 entries, but num_labels is 3"),
-        ({"num_heads": 17}, "num_heads=17 does not fit tokens of width 16: "),
+        ({"num_heads": 17}, "num_heads=17 does not fit tokens of width 16"),
         ({"dtype": torch.float16}, "['dtype'] can only be given when the backbone is a Hub id or a folder"),
     ],
 )

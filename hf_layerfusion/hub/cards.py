@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
+from pathlib import Path
 from string import Template
 from typing import Any
 
@@ -65,6 +67,7 @@ def build_card(config: LayerFusionConfig, training_summary: dict[str, Any], head
         parameters=f"{head_parameters:,}",
         labels=_shown_labels(config),
         repo=training_summary.get("repo_id", "path/or/name-of-this-head"),
+        origin=_origin(config),
         results=_results(training_summary),
         version=__version__,
     )
@@ -73,18 +76,32 @@ def build_card(config: LayerFusionConfig, training_summary: dict[str, Any], head
 
 def _hub_id(name_or_path: str | None) -> str | None:
     """A Hub id, or `None` for a folder: a path of one machine means nothing on another."""
-    if not name_or_path or "\\" in name_or_path or name_or_path.startswith((".", "/", "~")):
+    if not name_or_path or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name_or_path) or Path(name_or_path).is_dir():
         return None
-    return name_or_path if name_or_path.count("/") <= 1 else None
+    return name_or_path
 
 
 def _shown_backbone(config: LayerFusionConfig) -> str:
     name = config.backbone_name_or_path or config.backbone_config.model_type
-    return _hub_id(name) or name.rstrip("/").rsplit("/", 1)[-1]
+    return _hub_id(name) or re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+
+
+def _origin(config: LayerFusionConfig) -> str:
+    """How whoever loads the head comes by its backbone."""
+    if config.includes_backbone:
+        return "The backbone's weights are in this repository."
+    checked = "its weights are compared with the fingerprint in `config.json`"
+    if _hub_id(config.backbone_name_or_path):
+        return f"The backbone is fetched by name and revision, and {checked}."
+    return (
+        f"The backbone `{_shown_backbone(config)}` is not on the Hub. Where it cannot be found, load the head with "
+        f'`AutoModelForImageClassification.from_pretrained(..., backbone="folder/of/the/backbone")`; {checked}.'
+    )
 
 
 def _shown_labels(config: LayerFusionConfig) -> str:
     names = [str(config.id2label[index]) for index in range(config.num_labels)]
+    names = [" ".join(name.replace("|", "\\|").split()) for name in names]  # a table cell of one line
     shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     return f"{len(names)}: {shown}"
 
