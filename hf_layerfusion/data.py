@@ -24,6 +24,8 @@ SPLIT_NAMES = {
 }
 # What tells a saved dataset from a folder of images.
 _SAVED_DATASET_FILES = ("dataset_dict.json", "state.json")
+# Paths and encoded images, which `datasets` casts to images.
+_IMAGE_DTYPES = ("string", "large_string", "binary", "large_binary")
 
 
 def open_dataset(source: str | Path, *, name: str | None = None, revision: str | None = None) -> DatasetDict:
@@ -49,6 +51,8 @@ def open_dataset(source: str | Path, *, name: str | None = None, revision: str |
     except (OSError, ValueError, DatasetsError) as error:
         kind = "holds no images and no saved dataset" if folder.is_dir() else "is neither a folder nor a Hub dataset"
         raise LayerFusionError(f"dataset {str(source)!r} {kind} that can be opened: {error}") from error
+    except IndexError as error:  # how `load_from_disk` says that there are no rows
+        raise LayerFusionError(f"dataset {str(source)!r} is empty, or one of its splits is: add images") from error
     splits = DatasetDict({"train": opened}) if isinstance(opened, Dataset) else opened
     renamed = DatasetDict()
     for split, rows in splits.items():
@@ -62,10 +66,13 @@ def find_image_column(dataset: Dataset, image_column: str | None = None) -> str:
     """The image column: the one named, or the only one that holds images.
 
     Raises:
-        LayerFusionError: naming the columns there are.
+        LayerFusionError: naming the columns there are, or what the named one holds.
     """
     if image_column is not None:
-        return _existing(dataset, image_column, "image_column")
+        feature = dataset.features[_existing(dataset, image_column, "image_column")]
+        if not isinstance(feature, Image) and getattr(feature, "dtype", None) not in _IMAGE_DTYPES:
+            raise LayerFusionError(f"image_column={image_column!r} holds {feature}, which is neither images nor paths")
+        return image_column
     columns = [column for column, feature in dataset.features.items() if isinstance(feature, Image)]
     if len(columns) != 1:
         raise LayerFusionError(

@@ -2,17 +2,17 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
-from modeling_helpers import IMAGE_SIZE, NUM_LAYERS
+from modeling_helpers import NUM_LAYERS
 from picture_helpers import CLASSES, picture, save_tiny_backbone, write_pictures
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
@@ -108,7 +108,9 @@ def test_extract_and_extract_again(cli, backbone, pictures, tmp_path, monkeypatc
     command = ["extract", "--backbone", backbone, "--dataset", pictures, "--output_dir", tmp_path / "out" / "features"]
     printed = cli(*command)
     sizes = {split: (tmp_path / "out/features" / split / "features-00000.arrow").stat().st_size for split in SPLITS}
-    expected = [f"{split}: {rows} images, 6 tokens each, {sizes[split] / 1e6:.1f} MB" for split, rows in SPLITS.items()]
+    expected = [
+        f"{split}: {rows} images, 6 tokens each, {sizes[split] / 1e6:.1f} MB" for split, rows in SPLITS.items()
+    ]
     assert sorted(printed.splitlines()) == sorted(expected)
     forbid_extraction(monkeypatch)
     assert cli(*command) == printed
@@ -151,7 +153,16 @@ def test_train_writes_a_head_its_card_and_its_metrics(head, pictures):
 
 
 def test_train_is_deterministic(cli, head, backbone, pictures, tmp_path):
-    options = ["--num_train_epochs", 12, "--device", "cpu", "--attention_dropout", 0, "--output_dir", tmp_path / "again"]
+    options = [
+        "--num_train_epochs",
+        12,
+        "--device",
+        "cpu",
+        "--attention_dropout",
+        0,
+        "--output_dir",
+        tmp_path / "again",
+    ]
     cli("train", "--backbone", backbone, "--dataset", pictures, *options, "--features_dir", head / "features")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (head / "model.safetensors").read_bytes()
 
@@ -307,7 +318,7 @@ def saved_with_numbers(folder):
 
 
 def saved_with_several_labels(folder):
-    labelled([[row % 2, 1, row % 3 == 0] for row in range(30)], List(Value("float32"))).save_to_disk(folder)
+    labelled([[row % 2, 1, int(row % 3 == 0)] for row in range(30)], List(Value("float32"))).save_to_disk(folder)
 
 
 CLASS_METRICS = {"loss", "accuracy", "balanced_accuracy", "macro_f1"}
@@ -353,6 +364,15 @@ def test_other_columns(cli, backbone, tmp_path):
     assert json.loads(cli("evaluate", "--model", tmp_path / "head", *columns))["images"] == 6
 
 
+def test_pictures_by_path(cli, backbone, pictures, head, tmp_path):
+    files = sorted(str(file) for file in pictures.rglob("*.png"))
+    rows = {"photo": files, "kind": [Path(file).parent.name for file in files]}
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "data")
+    columns = ["--image_column", "photo", "--label_column", "kind"]
+    listed = json.loads(cli("evaluate", "--model", head, "--dataset", tmp_path / "data", *columns))
+    assert listed == json.loads(cli("evaluate", "--model", head, "--dataset", pictures))
+
+
 def test_odd_pictures_can_be_trained_on(cli, backbone, tmp_path):
     for name in ("ant", "bee"):
         (tmp_path / "data").mkdir(exist_ok=True)
@@ -362,12 +382,24 @@ def test_odd_pictures_can_be_trained_on(cli, backbone, tmp_path):
     assert len(features) == 9  # of 2 x 6
 
 
-def test_text_labels_are_reused_by_another_process(cli, backbone, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_process_prints_little_and_another_reuses_its_features(cli, backbone, tmp_path, monkeypatch):
     saved_with_text_labels(tmp_path / "data")
-    command = ["extract", "--backbone", backbone, "--dataset", tmp_path / "data", "--output_dir", tmp_path / "features"]
-    run_command(*command)
+    command = [
+        "extract",
+        "--backbone",
+        backbone,
+        "--dataset",
+        tmp_path / "data",
+        "--output_dir",
+        tmp_path / "features",
+    ]
+    done = run_command(*command)
     forbid_extraction(monkeypatch)
-    cli(*command)
+    assert cli(*command) == done.stdout
+    assert len(done.stdout.splitlines()) == 2
+    assert done.stderr.count("the dataset has no test split: 20% of the training rows are held out") == 1
+    assert "Warning" not in done.stderr
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------------
@@ -379,7 +411,9 @@ def bad(tmp_path_factory, backbone):
     root = tmp_path_factory.mktemp("bad")
     write_pictures(root / "corrupt", 10)
     (root / "corrupt" / "green" / "07.png").write_bytes(b"not a picture")
-    write_pictures(root / "truncated", 1)
+    folder_with_splits(root / "corrupt-test")
+    (root / "corrupt-test" / "test" / "green" / "01.png").write_bytes(b"not a picture")
+    (root / "truncated").mkdir()
     picture(0, 0, (400, 300)).save(root / "truncated" / "cut.jpg")
     whole = (root / "truncated" / "cut.jpg").read_bytes()
     (root / "truncated" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
@@ -420,22 +454,20 @@ TRAINING = [
     (["--image_column", "photo"], r"image_column='photo' is not in the dataset: its columns are \['image', 'label'\]"),
     (["--label_column", "kind"], r"label_column='kind' is not in the dataset: its columns are \['image', 'label'\]"),
     (["--label_column", "image"], "label column 'image' holds Image"),
-    (["--image_column", "label"], "column 'label' .*image"),
+    (["--image_column", "label"], "image_column='label' holds ClassLabel.*neither images nor paths"),
     (["--backbone", "nobody/nothing"], "backbone 'nobody/nothing' is neither a folder nor a Hub model"),
     (["--backbone", "BAD/empty"], "BAD/empty holds no config.json: is it a saved transformers model"),
     (["--backbone", "BAD/no-processor"], "no image processor"),
     (["--backbone", "BAD/no-processor", "--image_size", "48"], "no image processor whose image_size could be set"),
-    (["--backbone", "BAD/vit", "--image_size", "48"], "--image_size 48 is no size that .*vit can read"),
     (["--image_size", "3"], "--image_size 3 is no size"),
     (["--dataset", "nobody/nothing"], "'nobody/nothing' is neither a folder nor a Hub dataset"),
     (["--dataset", "BAD/empty"], "empty' holds no images"),
     (["--dataset", "BAD/file"], "file' is neither a folder nor a Hub dataset"),
-    (["--dataset", "BAD/no-rows"], "the dataset is empty"),
-    (["--dataset", "BAD/no-test-rows"], "the dataset is empty"),
+    (["--dataset", "BAD/no-rows"], "no-rows' is empty"),
+    (["--dataset", "BAD/no-test-rows"], "no-test-rows' is empty, or one of its splits is"),
     (["--dataset", "BAD/no-pictures"], r"0 image columns among \['label'\]: name one with image_column"),
     (["--dataset", "BAD/no-labels"], r"no column 'label' among \['image', 'note'\]"),
     (["--dataset", "BAD/corrupt"], r"row \d+ \(.*corrupt/green/07.png\) is not a readable image"),
-    (["--dataset", "BAD/truncated"], "3 training rows cannot be divided|4 training rows cannot be divided"),
     (["--output_dir", "BAD/file"], "--output_dir BAD/file: BAD/file is a file, give a folder"),
     (["--output_dir", "BAD/file/head"], "--output_dir BAD/file/head: BAD/file is a file, give a folder"),
     (["--device", "abacus"], "--device 'abacus' cannot be used on this machine"),
@@ -456,8 +488,6 @@ def test_bad_input_to_train_and_extract(refused, bad, backbone, pictures, tmp_pa
 
 
 def assert_matches(message, line, bad):
-    import re
-
     assert re.search(message.replace("BAD", re.escape(str(bad))), line), line
 
 
@@ -465,12 +495,205 @@ def assert_matches(message, line, bad):
     ("options", "message"),
     [
         (["--attention_dropout", "1.5"], "attention_dropout=1.5 is not a probability"),
-        (["--noise_std=-1"], "noise_std=-1.0 is negative"),
+        (["--noise_std=-1"], "noise_std=-1.0: use 0 or a positive number"),
         (["--features_dir", "BAD/file"], "--features_dir BAD/file: BAD/file is a file, give a folder"),
-        (["--features_dir", "BAD/corrupt"], "corrupt/.* is not empty and holds no feature cache|not empty"),
     ],
 )
 def test_bad_input_to_train(refused, bad, backbone, pictures, tmp_path, options, message):
     shared = ["--backbone", backbone, "--dataset", pictures, "--output_dir", tmp_path / "out"]
     assert_matches(message, refused("train", *shared, *in_bad(options, bad)), bad)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["evaluate", "explain"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "nobody/nothing"], "nobody/nothing"),
+        (["--model", "BAD/empty"], "BAD/empty"),
+        (["--model", "BAD/changed"], "BAD/changed"),
+        (["--split", "dev"], r"the dataset has no split 'dev', only \['train', 'test'\]"),
+        (["--backbone", "BAD/vit"], "backbone"),
+        (["--backbone", "BAD/changed"], "fingerprint|weights"),
+        (["--dataset", "BAD/corrupt-test"], r"row 4 \(.*test/green/01.png\) is not a readable image"),
+        (["--dataset", "BAD/empty"], "empty' holds no images"),
+        (["--dataset", "BAD/no-test-rows"], "no-test-rows' is empty, or one of its splits is"),
+        (["--dataset", "BAD/no-labels"], r"no column 'label' among \['image', 'note'\]"),
+        (["--device", "abacus"], "--device 'abacus' cannot be used on this machine"),
+    ],
+)
+def test_bad_input_to_evaluate_and_explain(refused, bad, head, pictures, tmp_path, command, options, message):
+    defaults = {"--model": head, "--dataset": pictures}
+    defaults["--output_dir" if command == "explain" else "--output"] = tmp_path / "out"
+    shared = [item for option, value in defaults.items() if option not in options for item in (option, value)]
+    assert_matches(message, refused(command, *shared, *in_bad(options, bad)), bad)
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluate_refuses_other_classes(refused, bad, head):
+    line = refused("evaluate", "--model", head, "--dataset", bad / "four")
+    assert "the dataset has 4 classes (blue, green, red, white), but the head has 3 (blue, green, red)" in line
+
+
+def test_evaluate_refuses_an_empty_split(refused, head, monkeypatch):
+    rows = labelled([0, 1, 2], ClassLabel(names=CLASSES))
+    splits = DatasetDict({"train": rows, "test": rows.select([])})
+    monkeypatch.setattr("hf_layerfusion.cli.options.open_dataset", lambda source, name: splits)
+    assert "split 'test' of the dataset is empty" in refused("evaluate", "--model", head, "--dataset", "any")
+
+
+def test_explain_needs_attention(refused, bad, pictures, tmp_path):
+    line = refused("explain", "--model", bad / "linear", "--dataset", pictures, "--output_dir", tmp_path / "out")
+    assert "a 'linear' head has no layer attentions" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["BAD/nothing.png"], "no such file or folder: BAD/nothing.png"),
+        (["BAD/empty"], "folder BAD/empty holds no pictures"),
+        (["BAD/corrupt"], "corrupt/green/07.png is not a readable image"),
+        (["BAD/file"], "BAD/file is not a readable image"),
+        (["BAD/truncated"], "truncated/cut.jpg is not a readable image"),
+        (["BAD/corrupt/green/00.png", "--model", "BAD/empty"], "BAD/empty"),
+        (["BAD/corrupt/green/00.png", "--output", "BAD/empty"], "--output BAD/empty is a folder: give a file"),
+        (["BAD/corrupt/green/00.png", "--output", "BAD/none/out.jsonl"], "No such file or directory.*BAD/none/out"),
+    ],
+)
+def test_bad_input_to_predict(refused, bad, head, tmp_path, arguments, message):
+    options = [] if "--model" in arguments else ["--model", head]
+    options += [] if "--output" in arguments else ["--output", tmp_path / "out.jsonl"]
+    assert_matches(message, refused("predict", *in_bad(arguments, bad), *options), bad)
+    assert not list(tmp_path.iterdir())
+    assert not list((bad / "empty").iterdir())
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "BAD/empty", "BAD/file"])
+def test_bad_input_to_info(refused, bad, name):
+    assert_matches(
+        f"'{name}' is neither a folder nor a Hub model", refused("info", name.replace("BAD", str(bad))), bad
+    )
+
+
+def test_cache_of_something_else(refused, cli, bad, backbone, pictures, tmp_path):
+    shared = ["--dataset", pictures, "--output_dir", tmp_path / "features"]
+    cli("extract", "--backbone", backbone, *shared)
+    before = {file: file.read_bytes() for file in (tmp_path / "features").rglob("*.*")}
+    line = refused("extract", "--backbone", bad / "changed", *shared)
+    assert "was made from something else (backbone.digest" in line
+    line = refused("extract", "--backbone", backbone, *shared, "--image_size", "48")
+    assert "processor.crop_size.height 32 -> 48" in line
+    assert {file: file.read_bytes() for file in (tmp_path / "features").rglob("*.*")} == before
+    cli("extract", "--backbone", bad / "changed", *shared, "--overwrite")
+    assert {file: file.read_bytes() for file in (tmp_path / "features").rglob("*.*")} != before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["train", "--backbone", "a", "--dataset", "b"], "the following arguments are required: --output_dir"),
+        (["extract", "--layers", "-1,-2"], "argument --layers: expected one argument"),
+        (["train", "--batch_size", "0"], "argument --batch_size: '0' is not a whole number from 1 up"),
+        (["train", "--batch_size", "many"], "'many' is not a whole number from 1 up"),
+        (["train", "--learning_rate", "0"], "argument --learning_rate: '0' is not a number above 0"),
+        (["train", "--weight_decay", "nan"], "argument --weight_decay: 'nan' is not a number from 0 up"),
+        (["train", "--num_train_epochs", "inf"], "'inf' is not a number above 0"),
+        (["train", "--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
+        (["extract", "--feature_dtype", "int8"], "argument --feature_dtype: invalid choice: 'int8'"),
+        (["predict", "--model", "a"], "the following arguments are required: IMAGE"),
+        (["predict", "a.png", "--model", "b", "--top_k", "0"], "'0' is not a whole number from 1 up"),
+    ],
+)
+def test_wrong_options(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_interrupt(capsys, monkeypatch, tmp_path):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_layerfusion.cli.info.AutoConfig.from_pretrained", interrupt)
+    assert main(["info", str(tmp_path)]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+# ---- help, and the command as a process --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help(capsys, command):
+    name = command and command.__name__.rsplit(".", 1)[-1]
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"] if name else ["--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    if name:
+        assert command.__doc__.strip() in printed
+    else:
+        assert all(other.__name__.rsplit(".", 1)[-1] in printed for other in COMMANDS)
+        assert "exit status" in printed
+    if name in ("train", "extract"):
+        assert "--layers=-1,-2" in printed
+
+
+def run_command(*arguments, status=0):
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_layerfusion.cli.main", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_process_that_fails(tmp_path):
+    done = run_command("info", tmp_path / "nothing", status=1)
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("layerfusion info: ")
+    assert str(tmp_path / "nothing") in line
+
+
+# ---- the real thing ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_digits_on_a_real_backbone(cli, backbone_folder, tmp_path):
+    data = load_digits()
+    for split, rows in (("train", range(100)), ("test", range(100, 140))):
+        for row in rows:
+            folder = tmp_path / "digits" / split / str(data.target[row])
+            folder.mkdir(parents=True, exist_ok=True)
+            PILImage.fromarray(np.uint8(data.images[row] * 255 / 16)).save(folder / f"{row}.png")
+    head = tmp_path / "head"
+    shared = ["--dataset", tmp_path / "digits", "--device", "cpu"]
+    printed = cli(
+        *("train", "--backbone", backbone_folder, *shared, "--image_size", 56, "--output_dir", head),
+        *("--num_train_epochs", 20),
+    )
+    assert f"head saved to {head}" in printed
+    trained = json.loads((head / "metrics.json").read_text())
+    assert trained["balanced_accuracy"] > 0.6  # chance is 0.1
+    measured = json.loads(cli("evaluate", "--model", head, *shared))
+    # One of 40 images may change sides through the cache's float16.
+    assert measured["accuracy"] == pytest.approx(trained["accuracy"], abs=1 / 40)
+    assert measured["loss"] == pytest.approx(trained["loss"], rel=1e-3)
+    lines = cli("predict", "--model", head, tmp_path / "digits" / "test", "--top_k", 1).splitlines()
+    right = [json.loads(line) for line in lines]
+    right = [line["predictions"][0]["label"] == Path(line["file"]).parent.name for line in right]
+    assert np.mean(right) == pytest.approx(measured["accuracy"])
+    cli("explain", "--model", head, *shared, "--output_dir", head / "attention")
+    weights = json.loads((head / "attention" / "layer_attention.json").read_text(encoding="utf-8"))["tokens"]
+    assert len(weights) == 24
+    assert (head / "model.safetensors").stat().st_size < 10e6

@@ -86,6 +86,9 @@ def test_what_cannot_be_opened(tmp_path):
     for name in ("empty", "texts", "damaged"):
         with pytest.raises(LayerFusionError, match=rf"{name}' holds no images and no saved dataset"):
             open_dataset(tmp_path / name)
+    rows([]).save_to_disk(tmp_path / "no rows")
+    with pytest.raises(LayerFusionError, match="no rows' is empty, or one of its splits is"):
+        open_dataset(tmp_path / "no rows")
     with pytest.raises(LayerFusionError, match="'nobody/nothing' is neither a folder nor a Hub dataset"):
         open_dataset("nobody/nothing")
 
@@ -103,6 +106,7 @@ def table(**features):
         ({"image": Image(), "label": Value("int64")}, None, "image"),
         ({"photo": Image(), "image": Value("string")}, None, "photo"),
         ({"left": Image(), "right": Image()}, "right", "right"),
+        ({"image": Image(), "path": Value("string")}, "path", "path"),
     ],
 )
 def test_image_column(features, named, expected):
@@ -131,6 +135,7 @@ def test_label_column(features, named, expected):
             r"2 image columns among \['left', 'right', 'kind', 'sort'\]: name one with image_column",
         ),
         (find_image_column, "image", r"image_column='image' is not in the dataset: its columns are \['left', "),
+        (find_image_column, "kind", r"image_column='kind' holds ClassLabel\(.*which is neither images nor paths"),
         (find_label_column, None, r"no column 'label' among \['left', .*name the labels with label_column"),
         (find_label_column, "label", r"label_column='label' is not in the dataset: its columns are \['left', "),
     ],

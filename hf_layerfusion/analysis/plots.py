@@ -54,7 +54,9 @@ def plot_attention(summary: AttentionSummary, path: str | Path, title: str = "La
         ):
             # Without the lower limit, a spread of rounding errors would look like one of images.
             highest = max(float(values.max()), MIN_COLOUR_RANGE)
-            image = axis.imshow(values.numpy(), aspect="auto", cmap=colours, vmin=0, vmax=highest, interpolation="nearest")
+            image = axis.imshow(
+                values.numpy(), aspect="auto", cmap=colours, vmin=0, vmax=highest, interpolation="nearest"
+            )
             axis.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             axis.set_ylabel("attention head")
             figure.colorbar(image, ax=axis, label=name, pad=0.01)

@@ -19,10 +19,10 @@ from .options import (
     add_device_option,
     add_model_options,
     check_images,
+    measure,
     open_model,
     open_split,
     output_file,
-    plain_metrics,
 )
 
 
@@ -36,11 +36,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     with output_file(arguments.output) as out:
-        out.write(json.dumps(measure(arguments), indent=1) + "\n")
+        out.write(json.dumps(_evaluate(arguments), indent=1) + "\n")
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, float | str]:
-    """The metrics of the head that the arguments name, on the split that they name."""
+def _evaluate(arguments: argparse.Namespace) -> dict[str, float | str]:
     rows, image_column, label_column = open_split(arguments)
     model = open_model(arguments)
     feature = rows.features[label_column]
@@ -62,10 +61,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, float | str]:
                 use_cpu=arguments.device == "cpu",
                 report_to="none",
             ),
+            eval_dataset=rows,
             data_collator=ImageCollator(model.image_processor, image_column, label_column, model.config.num_labels),
             compute_metrics=build_compute_metrics(model.config),
         )
-        metrics = plain_metrics(trainer.evaluate(rows))
+        metrics = measure(trainer)
     return {"split": arguments.split, "images": len(rows), **metrics}
 
 

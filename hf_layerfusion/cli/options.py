@@ -16,6 +16,7 @@ from datasets import Dataset, DatasetDict, Image
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import Trainer
 
 from ..bank import MODULES, POOLS
 from ..data import (
@@ -234,8 +235,16 @@ def image_batches(rows: Dataset, arguments: argparse.Namespace, collator: ImageC
     return DataLoader(rows, arguments.batch_size, num_workers=arguments.num_workers, collate_fn=collator)  # type: ignore[arg-type]
 
 
-def plain_metrics(measured: Mapping[str, float]) -> dict[str, float]:
-    """What `Trainer.evaluate` returned, without its prefix and its timings."""
+def measure(trainer: Trainer) -> dict[str, float]:
+    """Loss and metrics on the trainer's evaluation rows, without its timings."""
+    model: Any = trainer.model
+    config = model.config
+    # With class weights, the mean over a batch depends on which images share it.
+    weights, config.class_weights = config.class_weights, None
+    try:
+        measured = trainer.evaluate()
+    finally:
+        config.class_weights = weights
     return {
         name.removeprefix("eval_"): value
         for name, value in measured.items()

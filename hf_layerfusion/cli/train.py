@@ -22,10 +22,10 @@ from .options import (
     add_device_option,
     build_model,
     extract_splits,
+    measure,
     number,
     open_splits,
     output_folder,
-    plain_metrics,
 )
 
 
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
         trainer.train()
         seconds = time.perf_counter() - start
-        metrics = plain_metrics(trainer.evaluate())
+        metrics = measure(trainer)
     dataset = Path(arguments.dataset)
     model.training_summary = {
         "dataset": dataset.resolve().name if dataset.exists() else arguments.dataset,
