@@ -119,6 +119,7 @@ class LocalHub:
 
     def __init__(self, user: str = "me", token: str = "hf_local_test_token"):
         self.user, self.token = user, token
+        self.namespaces = {user}  # a test may add organisations that the user writes to
         self.repos: dict[tuple[str, str], Repo] = {}
         self.lfs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
@@ -238,7 +239,7 @@ def _create(h: _Handler) -> Any:
     wanted = h.json()
     kind, owner = wanted.get("type", "model") + "s", wanted.get("organization") or h.hub.user
     repo_id = f"{owner}/{wanted['name']}"
-    if owner != h.hub.user:
+    if owner not in h.hub.namespaces:
         raise HubError(403, f"You don't have the rights to create a repo under the namespace {owner}")
     if (kind, repo_id) in h.hub.repos:
         return Reply({"error": "You already created this repo", "url": h.site(kind, repo_id)}, 409)
