@@ -51,9 +51,11 @@ def open_dataset(source: str | Path, *, name: str | None = None, revision: str |
     except (OSError, ValueError, DatasetsError) as error:
         kind = "holds no images and no saved dataset" if folder.is_dir() else "is neither a folder nor a Hub dataset"
         raise LayerFusionError(f"dataset {str(source)!r} {kind} that can be opened: {error}") from error
-    except IndexError as error:  # how `load_from_disk` says that there are no rows
-        raise LayerFusionError(f"dataset {str(source)!r} is empty, or one of its splits is: add images") from error
+    except IndexError:  # how newer versions of `load_from_disk` say that there are no rows
+        opened = Dataset.from_dict({})
     splits = DatasetDict({"train": opened}) if isinstance(opened, Dataset) else opened
+    if not all(len(rows) for rows in splits.values()):
+        raise LayerFusionError(f"dataset {str(source)!r} is empty, or one of its splits is: add images")
     renamed = DatasetDict()
     for split, rows in splits.items():
         ours = next((ours for ours, names in SPLIT_NAMES.items() if split in names), split)
@@ -123,6 +125,10 @@ def encode_labels(splits: DatasetDict, label_column: str) -> DatasetDict:
                 f"split {split!r} has rows without a label in {label_column!r}: remove them, or give the labels"
             )
         names.update(found)
+    if feature.dtype == "large_string":  # which older versions of datasets do not turn into classes
+        splits = DatasetDict(
+            {split: rows.cast_column(label_column, Value("string")) for split, rows in splits.items()}
+        )
     classes = ClassLabel(names=sorted(names))
     return DatasetDict({split: rows.cast_column(label_column, classes) for split, rows in splits.items()})
 

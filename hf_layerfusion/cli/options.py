@@ -133,10 +133,7 @@ def open_split(arguments: argparse.Namespace) -> tuple[Dataset, str, str]:
     splits, image_column, label_column = open_splits(arguments)
     if arguments.split not in splits:
         raise LayerFusionError(f"the dataset has no split {arguments.split!r}, only {list(splits)}")
-    rows = splits[arguments.split]
-    if not len(rows):
-        raise LayerFusionError(f"split {arguments.split!r} of the dataset is empty")
-    return rows.cast_column(image_column, Image(decode=False)), image_column, label_column
+    return splits[arguments.split].cast_column(image_column, Image(decode=False)), image_column, label_column
 
 
 def check_images(rows: Dataset, image_column: str) -> None:

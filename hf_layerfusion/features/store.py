@@ -125,7 +125,7 @@ class LayerFeatures(torch.utils.data.Dataset):
         return [{FEATURES_COLUMN: row, "labels": label} for row, label in zip(tokens, labels, strict=True)]
 
     def batches(
-        self, batch_size: int, *, shuffle: bool = False, seed: int = 0, drop_last: bool = False
+        self, batch_size: int, shuffle: bool = False, seed: int = 0, *, drop_last: bool = False
     ) -> Iterator[dict[str, Tensor]]:
         """Go through all rows once.
 
