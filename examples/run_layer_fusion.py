@@ -5,7 +5,8 @@
         --do_train --do_eval --learning_rate 1e-2 --num_train_epochs 40
 
 Features are extracted once and cached; `--train_from_pixels` runs the backbone in every step instead, which an unfrozen
-backbone (`--freeze_backbone False`) needs. Works under `accelerate launch`.
+backbone (`--freeze_backbone False`) needs. Works under `accelerate launch`. A second run with the same output folder goes
+on from the last checkpoint. All arguments may stand in a JSON file: `python examples/run_layer_fusion.py arguments.json`.
 """
 
 from __future__ import annotations
@@ -86,12 +87,8 @@ def main() -> None:
             model_args, data_args, training_args = parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
         else:
             model_args, data_args, training_args = parser.parse_args_into_dataclasses()
-    except (
-        OSError,
-        TypeError,
-        ValueError,
-    ) as error:  # a file that is not there, arguments that are unknown or lacking
-        parser.error(str(error))
+    except (OSError, TypeError, ValueError) as error:  # no such file, unknown arguments, arguments that lack
+        raise LayerFusionError(f"the arguments cannot be used: {error}") from error
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
         level=logging.INFO if training_args.should_log else logging.WARNING,
@@ -199,4 +196,4 @@ if __name__ == "__main__":
     try:
         main()
     except LayerFusionError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}")

@@ -172,7 +172,5 @@ def test_what_the_card_says_about_a_lost_backbone_works(saved, tmp_path):
     text = ModelCard.load(head / "README.md").text
     (call,) = re.findall(r"`(AutoModelForImageClassification.*?)`", text)
     call = call.replace("...", "head").replace("folder/of/the/backbone", str(moved))
-    loaded = eval(
-        call, {"AutoModelForImageClassification": transformers.AutoModelForImageClassification, "head": head}
-    )
+    loaded = eval(call, {"AutoModelForImageClassification": AutoModelForImageClassification, "head": head})
     assert loaded.config.id2label == dict(enumerate(CLASSES))

@@ -86,7 +86,7 @@ def test_what_cannot_be_opened(tmp_path):
     for name in ("empty", "texts", "damaged"):
         with pytest.raises(LayerFusionError, match=rf"{name}' holds no images and no saved dataset"):
             open_dataset(tmp_path / name)
-    rows([]).save_to_disk(tmp_path / "no rows")
+    rows([]).save_to_disk(tmp_path / "no rows", num_shards=1)
     with pytest.raises(LayerFusionError, match="no rows' is empty, or one of its splits is"):
         open_dataset(tmp_path / "no rows")
     with pytest.raises(LayerFusionError, match="'nobody/nothing' is neither a folder nor a Hub dataset"):
