@@ -32,14 +32,7 @@ from transformers.utils import logging
 from hf_layerfusion import LayerFeatures, ViTForAttentiveLayerFusionClassification, extract_features
 from hf_layerfusion.analysis import summarise_attentions
 from hf_layerfusion.analysis.plots import plot_attention
-from hf_layerfusion.data import (
-    find_image_column,
-    find_label_column,
-    label_options,
-    open_dataset,
-    resize_processor,
-    with_test_split,
-)
+from hf_layerfusion.data import label_options, open_dataset, prepare_splits, resize_processor
 from hf_layerfusion.training import build_trainer
 
 # Three learning rates a recipe, a decade around its default; the largest comes last, so that ties go to a smaller one.
@@ -120,10 +113,8 @@ def main() -> None:
     logging.disable_progress_bar()
     started = time.perf_counter()
 
-    splits = digits() if arguments.dataset == "digits" else open_dataset(arguments.dataset)
-    image_column = find_image_column(splits["train"])
-    label_column = find_label_column(splits["train"])
-    splits = with_test_split(splits, label_column)
+    opened = digits() if arguments.dataset == "digits" else open_dataset(arguments.dataset)
+    splits, image_column, label_column = prepare_splits(opened)
 
     # One model reads all the tokens that the three recipes need, in one pass over the images.
     model = ViTForAttentiveLayerFusionClassification.from_backbone(

@@ -23,15 +23,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_layerfusion import RECIPES, LayerFusionError, ViTForAttentiveLayerFusionClassification, extract_features
-from hf_layerfusion.data import (
-    encode_labels,
-    find_image_column,
-    find_label_column,
-    label_options,
-    open_dataset,
-    resize_processor,
-    with_test_split,
-)
+from hf_layerfusion.data import label_options, open_dataset, prepare_splits, resize_processor
 from hf_layerfusion.training import (
     ImageCollator,
     LayerFeatureCollator,
@@ -102,10 +94,8 @@ def main() -> None:
     set_seed(training_args.seed)
 
     # The images.
-    splits = open_dataset(data_args.dataset, name=data_args.dataset_name)
-    image_column = find_image_column(splits["train"], data_args.image_column)
-    label_column = find_label_column(splits["train"], data_args.label_column)
-    splits = with_test_split(encode_labels(splits, label_column), label_column)
+    opened = open_dataset(data_args.dataset, name=data_args.dataset_name)
+    splits, image_column, label_column = prepare_splits(opened, data_args.image_column, data_args.label_column)
     for split, limit in (("train", data_args.max_train_samples), ("test", data_args.max_eval_samples)):
         if limit is not None:
             rows = splits[split].shuffle(seed=0)

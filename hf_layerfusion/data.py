@@ -185,6 +185,25 @@ def with_test_split(splits: DatasetDict, label_column: str, *, seed: int = 0, te
     return DatasetDict({**splits, "train": rows.select(np.sort(train)), "test": rows.select(np.sort(test))})
 
 
+def prepare_splits(
+    splits: DatasetDict, image_column: str | None = None, label_column: str | None = None
+) -> tuple[DatasetDict, str, str]:
+    """What every command does to a dataset: find its columns, number text labels, hold out a test split.
+
+    The rows held out depend on nothing but the dataset, so that no command measures a head on rows it was trained on.
+
+    Returns:
+        The splits, the image column and the label column.
+
+    Raises:
+        LayerFusionError: as the functions it calls.
+    """
+    first = next(iter(splits.values()))
+    image_column = find_image_column(first, image_column)
+    label_column = find_label_column(first, label_column)
+    return with_test_split(encode_labels(splits, label_column), label_column), image_column, label_column
+
+
 def resize_processor(processor: Any, image_size: int) -> Any:
     """A copy of an image processor that gives `image_size` x `image_size` pixels.
 

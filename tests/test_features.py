@@ -295,6 +295,7 @@ def bad_labels(labels, feature):
     ("build", "arguments", "message"),
     [
         (picture_dataset, {"image_column": "img"}, r"image_column='img' is not in the dataset: .*'image', 'label'"),
+        (picture_dataset, {"image_column": "label"}, "image_column='label'"),
         (picture_dataset, {"label_column": "y"}, r"label_column='y' is not in the dataset"),
         (picture_dataset, {"dtype": "int8"}, r"dtype 'int8' cannot be stored"),
         (lambda: picture_dataset().select([]), {}, "the dataset is empty"),

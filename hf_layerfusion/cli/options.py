@@ -19,15 +19,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 
 from ..bank import MODULES, POOLS
-from ..data import (
-    encode_labels,
-    find_image_column,
-    find_label_column,
-    label_options,
-    open_dataset,
-    resize_processor,
-    with_test_split,
-)
+from ..data import label_options, open_dataset, prepare_splits, resize_processor
 from ..errors import LayerFusionError
 from ..features import LayerFeatures, extract_features
 from ..features.manifest import STORAGE_DTYPES
@@ -120,12 +112,8 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
 
 def open_splits(arguments: argparse.Namespace) -> tuple[DatasetDict, str, str]:
     """The dataset's splits, with a test split, and its image and label columns."""
-    splits = open_dataset(arguments.dataset, name=arguments.dataset_name)
-    first = next(iter(splits.values()))
-    image_column = find_image_column(first, arguments.image_column)
-    label_column = find_label_column(first, arguments.label_column)
-    # The rows that are held out do not depend on any option: no command may measure a head on rows it was trained on.
-    return with_test_split(encode_labels(splits, label_column), label_column), image_column, label_column
+    opened = open_dataset(arguments.dataset, name=arguments.dataset_name)
+    return prepare_splits(opened, arguments.image_column, arguments.label_column)
 
 
 def open_split(arguments: argparse.Namespace) -> tuple[Dataset, str, str]:

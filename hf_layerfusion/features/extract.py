@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from ..bank import TokenBank
 from ..configuration_layer_fusion import LayerFusionConfig
+from ..data import find_image_column, find_label_column
 from ..errors import LayerFusionError
 from ..images import check_image, decode_image
 from .manifest import MANIFEST_NAME, STORAGE_DTYPES, Manifest, Shard, describe_difference, sha256_of
@@ -245,7 +246,7 @@ def _resume(folder: Path, wanted: Manifest, overwrite: bool) -> Manifest:
     if not overwrite:
         raise LayerFusionError(
             f"the feature cache in {folder} was made from something else ({difference}): "
-            "give another folder, or overwrite=True to replace it"
+            "give another folder, or replace it with overwrite=True (--overwrite)"
         )
     for shard in found.shards:
         (folder / Path(shard.file).name).unlink(missing_ok=True)
@@ -255,9 +256,9 @@ def _resume(folder: Path, wanted: Manifest, overwrite: bool) -> Manifest:
 def _check_request(dataset: Dataset, image_column: str, label_column: str | None, processor: Any, dtype: str) -> None:
     if dtype not in STORAGE_DTYPES:
         raise LayerFusionError(f"dtype {dtype!r} cannot be stored: choose from {STORAGE_DTYPES}")
-    for name, column in (("image_column", image_column), ("label_column", label_column)):
-        if column is not None and column not in dataset.column_names:
-            raise LayerFusionError(f"{name}={column!r} is not in the dataset: its columns are {dataset.column_names}")
+    find_image_column(dataset, image_column)
+    if label_column is not None:
+        find_label_column(dataset, label_column)
     if len(dataset) == 0:
         raise LayerFusionError("the dataset is empty")
     if processor is None:
