@@ -5,7 +5,11 @@
         --do_train --do_eval --learning_rate 1e-2 --num_train_epochs 40
 
 Features are extracted once and cached; `--train_from_pixels` runs the backbone in every step instead, which an unfrozen
-backbone (`--freeze_backbone False`) needs. Works under `accelerate launch`. A second run with the same output folder goes
+backbone (`--freeze_backbone False`) needs. Works under `accelerate launch`; for two processes on CPUs:
+
+    accelerate launch --multi_gpu --num_processes 2 examples/run_layer_fusion.py ... --use_cpu --ddp_backend gloo
+
+(`accelerate launch --cpu --num_processes 2` starts one process unless MPI is installed.) A second run with the same output folder goes
 on from the last checkpoint. All arguments may stand in a JSON file: `python examples/run_layer_fusion.py arguments.json`.
 """
 
