@@ -9,8 +9,9 @@ backbone (`--freeze_backbone False`) needs. Works under `accelerate launch`; for
 
     accelerate launch --multi_gpu --num_processes 2 examples/run_layer_fusion.py ... --use_cpu --ddp_backend gloo
 
-(`accelerate launch --cpu --num_processes 2` starts one process unless MPI is installed.) A second run with the same output folder goes
-on from the last checkpoint. All arguments may stand in a JSON file: `python examples/run_layer_fusion.py arguments.json`.
+(`accelerate launch --cpu --num_processes 2` starts one process unless MPI is installed.) A second run with the same
+output folder goes on from the last checkpoint. All arguments may stand in a JSON file:
+`python examples/run_layer_fusion.py arguments.json`.
 """
 
 from __future__ import annotations

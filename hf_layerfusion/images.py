@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from .errors import LayerFusionError
 
@@ -51,6 +53,20 @@ def check_image(value: Any, where: str) -> None:
     """
     if not isinstance(value, Image.Image):
         _read(value, where, lambda image: image.verify())
+
+
+def stack_images(images: Sequence[Tensor]) -> Tensor:
+    """`(3, H, W)` pictures to one batch `(B, 3, H, W)`.
+
+    Raises:
+        LayerFusionError: if the image processor left them at different sizes.
+    """
+    if len({image.shape for image in images}) > 1:
+        raise LayerFusionError(
+            f"the image processor leaves pictures at different sizes ({sorted({tuple(image.shape) for image in images})}"
+            "): let it resize to a fixed height and width, or crop (do_center_crop=True)"
+        )
+    return torch.stack(list(images))
 
 
 def find_images(folder: str | Path) -> list[Path]:

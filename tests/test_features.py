@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 from transformers import Dinov2Config, Dinov2Model
@@ -312,6 +312,18 @@ def test_bad_requests_fail_before_anything_is_written(model, tmp_path, build, ar
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_whole_dataset_dict_is_not_one_split(model, tmp_path):
+    with pytest.raises(LayerFusionError, match=r"not a DatasetDict: choose a split"):
+        extract_features(model, DatasetDict({"train": picture_dataset()}), tmp_path / "cache")
+
+
+def test_a_processor_that_leaves_sizes_apart(tmp_path, dataset):
+    processor = BitImageProcessorPil(size={"shortest_edge": 16}, do_center_crop=False)
+    with pytest.raises(LayerFusionError, match=r"leaves pictures at different sizes .*do_center_crop=True"):
+        extract_features(build_model(processor=processor), dataset, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_corrupt_image_is_named_before_the_backbone_runs(model, tmp_path, monkeypatch):
     files = []
     for row, picture in enumerate(pictures(6)):
@@ -338,6 +350,7 @@ def test_features_that_are_not_finite_name_row_token_and_cure(dataset, tmp_path)
         backbone.layernorm.bias[0] = float("nan")
     with pytest.raises(LayerFusionError, match="the backbone itself computes them"):
         extract_features(model, dataset, tmp_path / "c", dtype="float32")
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["b"]
 
 
 def test_check_finds_bad_rows_of_a_cache(features):

@@ -22,7 +22,7 @@ from ..bank import TokenBank
 from ..configuration_layer_fusion import LayerFusionConfig
 from ..data import find_image_column, find_label_column
 from ..errors import LayerFusionError
-from ..images import check_image, decode_image
+from ..images import check_image, decode_image, stack_images
 from .manifest import MANIFEST_NAME, STORAGE_DTYPES, Manifest, Shard, describe_difference, sha256_of
 from .store import FEATURES_COLUMN, LABEL_COLUMN, LayerFeatures
 
@@ -77,6 +77,11 @@ def extract_features(
         LayerFusionError: before the long work starts for missing columns, an empty dataset, labels that do not fit the
             head, unreadable images, or a cache of something else; during it for tokens that are not finite.
     """
+    if not isinstance(dataset, Dataset):
+        raise LayerFusionError(
+            f"extract_features takes one datasets.Dataset, not a {type(dataset).__name__}: "
+            "choose a split, such as dataset['train']"
+        )
     output_dir = Path(output_dir)
     processor: Any = image_processor or model.image_processor
     bank = bank or model.config.bank
@@ -112,13 +117,11 @@ def extract_features(
     hide = not progress
     for row, example in enumerate(tqdm(remaining, desc="checking images", unit="image", delay=2, disable=hide)):
         check_image(example[image_column], _where(row + manifest.rows_done, example[image_column]))
-    output_dir.mkdir(parents=True, exist_ok=True)
-    manifest.save(output_dir)
     loader = DataLoader(
         _DecodedImages(remaining, image_column, manifest.rows_done, processor),
         batch_size=batch_size,
         num_workers=num_workers,
-        collate_fn=torch.stack,
+        collate_fn=stack_images,
         pin_memory=model.device.type == "cuda",
     )
     bar = tqdm(total=len(dataset), initial=manifest.rows_done, desc="extracting", unit="image", delay=2, disable=hide)
@@ -217,6 +220,7 @@ def _write_shard(
         values = labels.tolist()
         arrays.append(pa.array(values, type=Features({LABEL_COLUMN: label_feature}).arrow_schema.field(0).type))
     schema = Features(columns).arrow_schema
+    folder.mkdir(parents=True, exist_ok=True)  # not before: bad input leaves nothing behind
     name = f"features-{len(manifest.shards):05d}.arrow"
     staged = folder / f"{name}.tmp"
     with open(staged, "wb") as file:
@@ -248,6 +252,7 @@ def _resume(folder: Path, wanted: Manifest, overwrite: bool) -> Manifest:
             f"the feature cache in {folder} was made from something else ({difference}): "
             "give another folder, or replace it with overwrite=True (--overwrite)"
         )
+    (folder / MANIFEST_NAME).unlink()
     for shard in found.shards:
         (folder / Path(shard.file).name).unlink(missing_ok=True)
     return wanted

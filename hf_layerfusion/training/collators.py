@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LayerFusionError
-from ..images import decode_image
+from ..images import decode_image, stack_images
 from ..losses import check_labels
 
 # Names that a column of labels may have, in the order of preference.
@@ -94,14 +94,8 @@ class ImageCollator:
                 different sizes, and for labels that are missing in some rows or out of range.
         """
         pixel_values = [self._pixels(row, position) for position, row in enumerate(rows)]  # B of (3, H, W)
-        if len({image.shape for image in pixel_values}) > 1:
-            raise LayerFusionError(
-                f"the image processor leaves pictures at different sizes "
-                f"({sorted({tuple(image.shape) for image in pixel_values})}): let it resize to a fixed height and "
-                "width, or crop (do_center_crop=True)"
-            )
         return {
-            "pixel_values": torch.stack(pixel_values),
+            "pixel_values": stack_images(pixel_values),
             **_collate_labels(rows, (self.label_column,), self.num_labels),
         }
 
