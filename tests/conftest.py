@@ -12,6 +12,7 @@ from hub_server import LocalHub
 # A developer's own settings (a token, a cache, offline mode) must not reach the tests, nor subprocesses of theirs.
 for _name in [name for name in os.environ if name.startswith(("HF_", "HUGGINGFACE_", "TRANSFORMERS_"))]:
     del os.environ[_name]
+os.environ.pop("CI", None)  # transformers logs every line twice where it is set
 _HUB = LocalHub().start()
 os.environ.update(_HUB.environment())
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="layerfusion-hf-home-")
