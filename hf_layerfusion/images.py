@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .errors import LayerFusionError
 
@@ -53,6 +54,28 @@ def check_image(value: Any, where: str) -> None:
     """
     if not isinstance(value, Image.Image):
         _read(value, where, lambda image: image.verify())
+
+
+def describe_row(row: int, value: Any) -> str:
+    """Name a dataset's row in errors: `row 17`, or `row 17 (cats/17.png)` where the file is known."""
+    path = value.get("path") if isinstance(value, dict) else None
+    return f"row {row} ({path})" if path else f"row {row}"
+
+
+def check_images(values: Iterable[Any], *, first_row: int = 0, progress: bool = True) -> None:
+    """Check the images of a dataset before long work starts on them, with a progress bar.
+
+    Args:
+        values: as for [`decode_image`].
+        first_row: number of the first one, for errors.
+        progress: show the bar.
+
+    Raises:
+        LayerFusionError: naming the first image that cannot be read.
+    """
+    bar = tqdm(values, desc="checking images", unit="image", delay=2, disable=not progress)
+    for row, value in enumerate(bar, start=first_row):
+        check_image(value, describe_row(row, value))
 
 
 def stack_images(images: Sequence[Tensor]) -> Tensor:
@@ -141,4 +164,4 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(values.astype(np.uint8))
 
 
-__all__ = ["check_image", "decode_image", "find_images"]
+__all__ = ["check_image", "check_images", "decode_image", "describe_row", "find_images", "stack_images"]

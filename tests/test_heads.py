@@ -539,7 +539,7 @@ def test_two_processes_normalise_as_one(tmp_path):
     assert other.exitcode == 0
     expected = _train_batch_norm(_filled_batch_norm(nn.BatchNorm1d), _batches())
     for split in SPLITS:
-        ranks = [torch.load(tmp_path / f"{split}-{rank}.pt") for rank in (0, 1)]
+        ranks = [torch.load(tmp_path / f"{split}-{rank}.pt", weights_only=True) for rank in (0, 1)]
         for key in ("outputs", "input gradients"):
             for step in (0, 1):
                 whole = torch.cat([rank[key][step] for rank in ranks])

@@ -13,12 +13,12 @@ from datasets import ClassLabel
 from transformers import Trainer, TrainingArguments
 
 from ..errors import LayerFusionError
+from ..images import check_images
 from ..training import ImageCollator, build_compute_metrics
 from .options import (
     add_dataset_options,
     add_device_option,
     add_model_options,
-    check_images,
     measure,
     open_model,
     open_split,
@@ -49,7 +49,7 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, float | str]:
             f"the dataset has {feature.num_classes} classes ({_some(feature.names)}), but the head has {len(names)} "
             f"({_some(names)}): evaluate on images of the head's own classes"
         )
-    check_images(rows, image_column)
+    check_images(rows[image_column])
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,

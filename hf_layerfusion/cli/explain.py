@@ -11,12 +11,12 @@ from tqdm.auto import tqdm
 
 from ..analysis import summarise_attentions
 from ..analysis.plots import plot_attention
+from ..images import check_images
 from ..training import ImageCollator
 from .options import (
     add_dataset_options,
     add_device_option,
     add_model_options,
-    check_images,
     image_batches,
     number,
     open_model,
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     if len(rows) > arguments.max_images:
         rows = rows.shuffle(seed=arguments.seed).select(range(arguments.max_images))
     model = open_model(arguments)
-    check_images(rows, image_column)
+    check_images(rows[image_column])
     batches = image_batches(rows, arguments, ImageCollator(model.image_processor, image_column, label_column))
     summary = summarise_attentions(model, tqdm(batches, desc="explaining", unit="batch", delay=2))
     folder.mkdir(parents=True, exist_ok=True)

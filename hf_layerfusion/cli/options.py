@@ -15,7 +15,6 @@ import torch
 from datasets import Dataset, DatasetDict, Image
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import Trainer
 
 from ..bank import MODULES, POOLS
@@ -23,7 +22,6 @@ from ..data import label_options, open_dataset, prepare_splits, resize_processor
 from ..errors import LayerFusionError
 from ..features import LayerFeatures, extract_features
 from ..features.manifest import STORAGE_DTYPES
-from ..images import check_image
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
 from ..recipes import RECIPES
 from ..training.collators import ImageCollator
@@ -122,12 +120,6 @@ def open_split(arguments: argparse.Namespace) -> tuple[Dataset, str, str]:
     if arguments.split not in splits:
         raise LayerFusionError(f"the dataset has no split {arguments.split!r}, only {list(splits)}")
     return splits[arguments.split].cast_column(image_column, Image(decode=False)), image_column, label_column
-
-
-def check_images(rows: Dataset, image_column: str) -> None:
-    """Refuse a corrupt image before the long work starts."""
-    for row, value in enumerate(tqdm(rows[image_column], desc="checking images", unit="image", delay=2)):
-        check_image(value, f"row {row}" + (f" ({value['path']})" if value and value.get("path") else ""))
 
 
 def build_model(

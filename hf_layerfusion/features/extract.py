@@ -22,7 +22,7 @@ from ..bank import TokenBank
 from ..configuration_layer_fusion import LayerFusionConfig
 from ..data import find_image_column, find_label_column
 from ..errors import LayerFusionError
-from ..images import check_image, decode_image, stack_images
+from ..images import check_images, decode_image, describe_row, stack_images
 from .manifest import MANIFEST_NAME, STORAGE_DTYPES, Manifest, Shard, describe_difference, sha256_of
 from .store import FEATURES_COLUMN, LABEL_COLUMN, LayerFeatures
 
@@ -114,9 +114,7 @@ def extract_features(
         return LayerFeatures.open(output_dir)
     images = dataset.select_columns([image_column]).cast_column(image_column, Image(decode=False))
     remaining = images.select(range(manifest.rows_done, len(images)))
-    hide = not progress
-    for row, example in enumerate(tqdm(remaining, desc="checking images", unit="image", delay=2, disable=hide)):
-        check_image(example[image_column], _where(row + manifest.rows_done, example[image_column]))
+    check_images(remaining[image_column], first_row=manifest.rows_done, progress=progress)
     loader = DataLoader(
         _DecodedImages(remaining, image_column, manifest.rows_done, processor),
         batch_size=batch_size,
@@ -124,7 +122,9 @@ def extract_features(
         collate_fn=stack_images,
         pin_memory=model.device.type == "cuda",
     )
-    bar = tqdm(total=len(dataset), initial=manifest.rows_done, desc="extracting", unit="image", delay=2, disable=hide)
+    bar = tqdm(
+        total=len(dataset), initial=manifest.rows_done, desc="extracting", unit="image", delay=2, disable=not progress
+    )
     with bar:
         tokens = _extract(model, loader, bank, manifest, backbone_kwargs, bar)
         for block in _regroup(tokens, rows_per_shard):
@@ -145,13 +145,8 @@ class _DecodedImages(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> Tensor:
         value = self.images[index][self.image_column]
-        image = decode_image(value, _where(self.first_row + index, value))
+        image = decode_image(value, describe_row(self.first_row + index, value))
         return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
-
-
-def _where(row: int, value: Any) -> str:
-    path = value.get("path") if isinstance(value, dict) else None
-    return f"row {row} ({path})" if path else f"row {row}"
 
 
 def _extract(
