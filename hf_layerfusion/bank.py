@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .errors import LayerFusionError
-
-# In the terms of arXiv 2603.05280: a block's output, the LayerNorm before its MLP, and the model's last LayerNorm.
-MODULES = ("block", "ln2", "final_norm")
-POOLS = ("cls", "mean")
+from .layout import TokenLayout
 
 LayerSpec = int | str | Sequence[int] | None
 
@@ -18,7 +15,8 @@ LayerSpec = int | str | Sequence[int] | None
 class TokenCoordinate(NamedTuple):
     """Where one token of the bank comes from.
 
-    `layer` counts as transformers counts hidden states: 0 is the embedding output, k the output of block k.
+    `layer` counts as transformers counts hidden states: 0 is the embedding output, k the output of block (or stage) k.
+    The model's own pooled vector has module and pool `"pooler"`.
     """
 
     layer: int
@@ -28,7 +26,8 @@ class TokenCoordinate(NamedTuple):
     @property
     def name(self) -> str:
         module = "embeddings" if self.layer == 0 else self.module
-        return f"layer {self.layer} · {module} · {self.pool}"
+        parts = [f"layer {self.layer}", module, self.pool]
+        return " · ".join(dict.fromkeys(parts))
 
 
 def resolve_layers(spec: LayerSpec, num_layers: int) -> list[int]:
@@ -96,15 +95,21 @@ class TokenBank:
     coordinates: tuple[TokenCoordinate, ...]
 
     @classmethod
-    def build(cls, layers: Sequence[int], modules: Sequence[str], pools: Sequence[str], num_layers: int) -> TokenBank:
-        """All combinations that exist: layer 0 has only its output, and only the last layer has a final norm."""
-        taps = [
-            (layer, module)
-            for layer in layers
-            for module in modules
-            if (layer > 0 or module == "block") and (layer == num_layers or module != "final_norm")
-        ]
-        return cls(tuple(TokenCoordinate(layer, module, pool) for layer, module in taps for pool in pools))
+    def build(
+        cls, layers: Sequence[int], modules: Sequence[str], pools: Sequence[str], layout: TokenLayout
+    ) -> TokenBank:
+        """All combinations that exist in a backbone: not every layer has every module, or a CLS token."""
+        coordinates = []
+        for layer in layers:
+            for module in modules:
+                if not layout.width(layer, module):
+                    continue
+                if layout.kind(module) == "vector":
+                    coordinates.append(TokenCoordinate(layer, module, module))
+                    continue
+                there = [pool for pool in pools if pool != "cls" or layout.has_cls_at(layer, module)]
+                coordinates += [TokenCoordinate(layer, module, pool) for pool in there]
+        return cls(tuple(coordinates))
 
     @classmethod
     def from_list(cls, rows: Iterable[Sequence]) -> TokenBank:
@@ -131,9 +136,13 @@ class TokenBank:
         """The distinct pools, in order."""
         return list(dict.fromkeys(c.pool for c in self.coordinates))
 
-    def width(self, layer_widths: Sequence[int]) -> int:
-        """D: the widest tapped layer, given the width of each hidden state."""
-        return max(layer_widths[layer] for layer, _ in self.taps)
+    def widths(self, layout: TokenLayout) -> list[int]:
+        """The width of each token before it is padded."""
+        return [layout.width(c.layer, c.module) for c in self.coordinates]
+
+    def width(self, layout: TokenLayout) -> int:
+        """D: the width of the widest token."""
+        return max(self.widths(layout))
 
     def __or__(self, other: TokenBank) -> TokenBank:
         """The union, so that one extraction serves several recipes."""

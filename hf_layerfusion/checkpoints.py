@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -19,15 +19,16 @@ from .backbones import (
     WeightFingerprint,
     open_backbone,
     pooler_kwargs,
+    quantization_of,
     refuse_lacking,
 )
 from .configuration_layer_fusion import LayerFusionConfig
 from .errors import LayerFusionError
-from .heads import build_head
+from .heads import build_parts
+from .model_classes import backbone_class_of
 
 logger = logging.get_logger(__name__)
 
-HEAD_PREFIX = "head."
 BACKBONE_PREFIX = "backbone."
 _OPTIONAL = {"_raise_exceptions_for_missing_entries": False}
 WEIGHTS_NAME = "model.safetensors"
@@ -66,7 +67,11 @@ def check_checkpoint(name_or_path: str, config: LayerFusionConfig, hub_kwargs: d
     for file in files:
         found |= _shapes_in(file)
     with torch.device("meta"):
-        expected = {HEAD_PREFIX + key: tuple(value.shape) for key, value in build_head(config).state_dict().items()}
+        expected = {
+            f"{name}.{key}": tuple(value.shape)
+            for name, part in build_parts(config).items()
+            for key, value in part.state_dict().items()
+        }
     head = {key: shape for key, shape in found.items() if not key.startswith(BACKBONE_PREFIX)}
     if not config.includes_backbone:
         head = found
@@ -126,7 +131,7 @@ def open_pinned_backbone(
     Raises:
         LayerFusionError: if it cannot be found, or is not the one the head was trained on.
     """
-    if isinstance(backbone, PreTrainedModel):
+    if backbone is not None and not isinstance(backbone, str | Path):
         opened = open_backbone(backbone)
         verify_weights(config, opened.model, strict)
         return opened
@@ -135,6 +140,9 @@ def open_pinned_backbone(
     if config.backbone_fingerprint is not None:
         # Loaded as it was, so that its weights can be compared; cast afterwards.
         options["dtype"] = getattr(torch, config.backbone_fingerprint["dtype"])
+    quantization = getattr(config.backbone_config, "quantization_config", None)
+    if quantization is not None and not config.includes_backbone:
+        options.setdefault("quantization_config", quantization)
     if backbone is not None:
         opened = open_backbone(backbone, **options)
     elif config.includes_backbone:
@@ -145,6 +153,8 @@ def open_pinned_backbone(
         raise LayerFusionError("this head does not say where its backbone is: pass it as backbone=")
     verify_weights(config, opened.model, strict)
     if dtype not in (None, "auto"):
+        if method := quantization_of(opened.model):
+            raise LayerFusionError(f"dtype={dtype}: a {method}-quantised backbone keeps its dtype; leave dtype out")
         opened.model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return opened
 
@@ -157,9 +167,13 @@ def _open_bundled(
     for file in _weight_files(name_or_path, hub_kwargs):
         tensors = load_file(file)
         weights |= {k.removeprefix(BACKBONE_PREFIX): v for k, v in tensors.items() if k.startswith(BACKBONE_PREFIX)}
+    if any(".base_layer." in name for name in weights):
+        raise LayerFusionError(
+            f"{name_or_path} holds a backbone with PEFT adapters, whose places only peft knows: merge them before saving "
+            "(merge_and_unload), or save the adapters by themselves and the head with include_backbone=False"
+        )
     without_pooler = pooler_kwargs(config.backbone_config)
-    with torch.device("meta"):
-        model_class = type(AutoModel.from_config(config.backbone_config, **without_pooler))
+    model_class: Any = backbone_class_of(config.backbone_config)
     loading = {key: value for key, value in options.items() if key not in HUB_OPTIONS}
     model, info = model_class.from_pretrained(
         None,
@@ -190,9 +204,9 @@ def verify_weights(config: LayerFusionConfig, backbone: PreTrainedModel, strict:
         return
     pinned = WeightFingerprint.from_dict(config.backbone_fingerprint)
     found = WeightFingerprint.of(backbone)
-    if found.dtype != pinned.dtype:
+    if found.kind != pinned.kind:
         logger.warning(
-            f"this head was trained on a {pinned.dtype} backbone and is given a {found.dtype} one: "
+            f"this head was trained on a {pinned.kind} backbone and is given a {found.kind} one: "
             "their weights cannot be compared"
         )
     elif difference := pinned.difference(found):

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .bank import MODULES, POOLS, TokenBank, resolve_layers
+from .bank import TokenBank, resolve_layers
 from .errors import LayerFusionError
-from .pooling import TokenLayout
+from .layout import MODULES, TokenLayout
+from .pooling import POOLS
 from .recipes import RECIPES, Recipe
 
 HEAD_TYPES = ("attentive", "linear", "scalar_mix")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 NORMALIZATIONS = ("l2", "none")
+WIDTH_ALIGNMENTS = ("pad", "project")
 
 
 class LayerFusionConfig(PreTrainedConfig):
@@ -34,8 +36,12 @@ class LayerFusionConfig(PreTrainedConfig):
         recipe: a name from `RECIPES`.
         layers: `None` (all), an integer (the last n), a list (0 is the embedding output, negatives count from the
             end), or a string (`"last"`, `"2:"`, `"spaced:4"`); stored as the list of layer numbers.
-        modules: points inside a layer: `"block"`, `"ln2"`, `"final_norm"`.
+        modules: points inside a layer: `"ln1"`, `"attention"`, `"residual"`, `"ln2"`, `"fc1"`, `"activation"`, `"fc2"`,
+            `"block"`; of the last layer also `"final_norm"` and `"pooler"`. `layerfusion info` names those that a
+            backbone has.
         pools: `"cls"`, `"mean"`.
+        width_alignment: how tokens of several widths come to one: `"pad"` with zeros (the reference), or `"project"`
+            by a learned projection per width, which begins as padding.
         token_normalization: `"l2"` divides each token by its norm (paper, section 3), `"none"` leaves it.
         noise_std: standard deviation of Gaussian noise on the normalised tokens in training (the reference: 0.05).
         noise_probability: share of the samples that get noise (the reference: 0.5).
@@ -78,6 +84,7 @@ class LayerFusionConfig(PreTrainedConfig):
     layers: Any = None  # type: ignore[no-redef]
     modules: list | None = None  # type: ignore[no-redef]
     pools: list | None = None  # type: ignore[no-redef]
+    width_alignment: str = "pad"
     token_normalization: str = "l2"
     noise_std: float = 0.0
     noise_probability: float = 0.5
@@ -114,28 +121,44 @@ class LayerFusionConfig(PreTrainedConfig):
         layout = TokenLayout(**self.token_layout) if self.token_layout else _plain_layout(self.backbone_config)
         self.token_layout = layout.to_dict()
         self.layers = resolve_layers(recipe.layers if self.layers is None else self.layers, layout.num_layers)
-        self.modules = _as_list(recipe.modules if self.modules is None else self.modules)
+        if self.modules is None:
+            # Not every backbone has a norm behind its last block: a recipe adapts, a module that was asked for does not.
+            self.modules = [m for m in recipe.modules if m != "final_norm" or m in layout.modules] or ["block"]
+        self.modules = _as_list(self.modules)
+        self.head_type = self.head_type or recipe.head_type
         if self.pools is None:
-            # A recipe adapts to a backbone without CLS; a pool that was asked for does not.
-            self.pools = [pool for pool in recipe.pools if pool != "cls" or layout.has_cls] or ["mean"]
+            # Likewise for the CLS token, which some hierarchical backbones have in their last stage only.
+            has_cls = [layout.has_cls_at(layer, module) for layer in self.layers for module in self.modules]
+            keeps_cls = all(has_cls) if self.head_type == "scalar_mix" else any(has_cls)
+            self.pools = [pool for pool in recipe.pools if pool != "cls" or keeps_cls] or ["mean"]
         self.pools = _as_list(self.pools)
         if "cls" in self.pools and not layout.has_cls:
             raise LayerFusionError(f"pools={self.pools}: this backbone has no CLS token, use pools=['mean']")
-        self.head_type = self.head_type or recipe.head_type
         for option, value in {"attention_dropout": 0.0, **recipe.head_options}.items():
             if getattr(self, option) is None:
                 setattr(self, option, value)
 
     def _check_values(self) -> None:
         _check_choices("modules", self.modules, MODULES)
+        if absent := [module for module in self.modules if module not in self.layout.modules]:
+            raise LayerFusionError(
+                f"this backbone has no {absent[0]!r}: its modules are {', '.join(self.layout.modules)}"
+            )
         _check_choices("pools", self.pools, POOLS)
         _check_choices("head_type", [self.head_type], HEAD_TYPES)
+        _check_choices("width_alignment", [self.width_alignment], WIDTH_ALIGNMENTS)
         _check_choices("token_normalization", [self.token_normalization], NORMALIZATIONS)
         _check_choices("head_implementation", [self.head_implementation], ("fast", "explicit"))
         if not len(self.bank):
             raise LayerFusionError(
-                f"layers={self.layers} and modules={self.modules} select no token: only layer 1 and above have 'ln2', "
-                f"and only layer {self.num_backbone_layers} has 'final_norm'"
+                f"layers={self.layers}, modules={self.modules} and pools={self.pools} select no token: layer 0 has only "
+                f"its 'block' output, 'final_norm' and 'pooler' stand at layer {self.num_backbone_layers}, and not "
+                "every layer of every backbone has a CLS token"
+            )
+        if self.head_type == "scalar_mix" and len(self.bank) != len(self.bank.taps) * len(self.bank.pools):
+            raise LayerFusionError(
+                f"a scalar_mix head needs the same pools in every layer, but the bank is {', '.join(self.token_names)}: "
+                "use pools=['mean'] and no 'pooler'"
             )
         for name in ("attention_dropout", "projection_dropout", "noise_probability"):
             if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) <= 1:
@@ -164,12 +187,12 @@ class LayerFusionConfig(PreTrainedConfig):
     @property
     def num_backbone_layers(self) -> int:
         """L, the number of the backbone's last layer."""
-        return len(self.token_layout["widths"]) - 1
+        return self.layout.num_layers
 
     @property
     def bank(self) -> TokenBank:
         """The token bank: the meaning of the N axis."""
-        return TokenBank.build(self.layers, self.modules, self.pools, self.num_backbone_layers)
+        return TokenBank.build(self.layers, self.modules, self.pools, self.layout)
 
     @property
     def token_names(self) -> list[str]:
@@ -178,8 +201,8 @@ class LayerFusionConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """D: the widest tapped token; narrower ones are zero-padded."""
-        return self.bank.width(self.layout.widths)
+        """D: the widest tapped token; narrower ones are zero-padded in `layer_features`."""
+        return self.bank.width(self.layout)
 
     @property
     def keys_to_ignore_at_inference(self) -> list[str]:
@@ -211,13 +234,13 @@ def _as_config(value: dict | PreTrainedConfig | None) -> PreTrainedConfig:
 def _plain_layout(backbone_config: PreTrainedConfig) -> TokenLayout:
     """The layout of a constant-width ViT with one CLS token, for configs that were not measured on a model."""
     try:
-        widths = [backbone_config.hidden_size] * (backbone_config.num_hidden_layers + 1)
+        width, num_layers = backbone_config.hidden_size, backbone_config.num_hidden_layers
     except AttributeError as error:
         raise LayerFusionError(
             f"the token layout of a {backbone_config.model_type!r} backbone cannot be read off its config: "
             "build the head with from_backbone, which measures it"
         ) from error
-    return TokenLayout("tokens", tuple(widths), (0,))
+    return TokenLayout.of_plain_vit(width, num_layers, getattr(backbone_config, "intermediate_size", None))
 
 
 def _as_list(values: str | Sequence[str]) -> list[str]:

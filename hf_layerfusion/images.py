@@ -16,6 +16,9 @@ from tqdm.auto import tqdm
 
 from .errors import LayerFusionError
 
+# The outputs of an image processor that a backbone's forward takes; others (original sizes, ...) are for later steps.
+_BACKBONE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+
 Result = TypeVar("Result")
 
 
@@ -78,18 +81,28 @@ def check_images(values: Iterable[Any], *, first_row: int = 0, progress: bool = 
         check_image(value, describe_row(row, value))
 
 
-def stack_images(images: Sequence[Tensor]) -> Tensor:
-    """`(3, H, W)` pictures to one batch `(B, 3, H, W)`.
+def process_image(image_processor: Any, image: Image.Image) -> dict[str, Tensor]:
+    """What a backbone reads of one picture, without batch axis: `pixel_values` `(3, H, W)`.
+
+    Processors that keep the picture's shape (SigLIP 2) give patches, which of them are there, and their grid.
+    """
+    features = image_processor(images=image, return_tensors="pt")
+    return {name: features[name][0] for name in _BACKBONE_INPUTS if name in features}
+
+
+def stack_images(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Processed pictures to one batch, `pixel_values` `(B, 3, H, W)`.
 
     Raises:
         LayerFusionError: if the image processor left them at different sizes.
     """
-    if len({image.shape for image in images}) > 1:
+    if len({image["pixel_values"].shape for image in images}) > 1:
+        sizes = sorted({tuple(image["pixel_values"].shape) for image in images})
         raise LayerFusionError(
-            f"the image processor leaves pictures at different sizes ({sorted({tuple(image.shape) for image in images})}"
-            "): let it resize to a fixed height and width, or crop (do_center_crop=True)"
+            f"the image processor leaves pictures at different sizes ({sizes}): let it resize to a fixed height and "
+            "width, or crop (do_center_crop=True)"
         )
-    return torch.stack(list(images))
+    return {name: torch.stack([image[name] for image in images]) for name in images[0]}
 
 
 def find_images(folder: str | Path) -> list[Path]:
@@ -164,4 +177,12 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(values.astype(np.uint8))
 
 
-__all__ = ["check_image", "check_images", "decode_image", "describe_row", "find_images", "stack_images"]
+__all__ = [
+    "check_image",
+    "check_images",
+    "decode_image",
+    "describe_row",
+    "find_images",
+    "process_image",
+    "stack_images",
+]

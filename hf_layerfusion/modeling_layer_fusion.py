@@ -13,25 +13,29 @@ import torch
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from .backbones import (
     BACKBONE_OPTIONS,
+    LOADING_OPTIONS,
     POOLER_PREFIX,
     WeightFingerprint,
-    describe_backbone,
+    build_backbone,
+    execution_device,
+    has_adapters,
     open_backbone,
     open_image_processor,
-    pooler_kwargs,
+    quantization_of,
 )
 from .bank import TokenBank
 from .checkpoints import BACKBONE_PREFIX, check_checkpoint, hub_options, open_config, open_pinned_backbone
 from .configuration_layer_fusion import HEAD_OPTIONS, LayerFusionConfig
 from .errors import LayerFusionError
-from .heads import AttentiveFusionHead, LinearHead, ScalarMixHead, build_head
+from .heads import AttentiveFusionHead, LinearHead, ScalarMixHead, WidthProjection, build_parts
 from .hub.cards import build_card
 from .losses import classification_loss
+from .probe import describe_backbone
 from .reader import read_bank
 
 logger = logging.get_logger(__name__)
@@ -87,14 +91,16 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         self._frozen_names: set[str] = set()
         self._pooler_names: set[str] = set()
         if with_backbone:
-            self.backbone = AutoModel.from_config(config.backbone_config, **pooler_kwargs(config.backbone_config))
-        self.head = build_head(config)
+            self.backbone = build_backbone(config.backbone_config)
+        parts = build_parts(config)
+        self.head = parts["head"]
+        self.token_projection = parts.get("token_projection", nn.Identity())
         self.post_init()
         if self.backbone is not None:
             self._attach(self.backbone)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, AttentiveFusionHead | LinearHead | ScalarMixHead):
+        if isinstance(module, AttentiveFusionHead | LinearHead | ScalarMixHead | WidthProjection):
             module.reset_parameters()
 
     # ---- construction ------------------------------------------------------------------------------------------
@@ -109,6 +115,8 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         id2label: dict[int, str] | Sequence[str] | None = None,
         revision: str | None = None,
         image_processor: Any | None = None,
+        num_prefix_tokens: int | None = None,
+        grid_size: Sequence[int] | None = None,
         **overrides: Any,
     ) -> ViTForAttentiveLayerFusionClassification:
         """Put a new head on a trained backbone.
@@ -120,6 +128,9 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
             id2label: class names, as a dict or a sequence.
             revision: branch, tag or commit on the Hub; the commit is pinned in the config.
             image_processor: kept with the head; by default the one stored beside the backbone.
+            num_prefix_tokens: tokens before the patches (CLS, registers), for a backbone whose layout cannot be
+                measured.
+            grid_size: height and width of the patch grid, likewise.
             overrides: fields of [`LayerFusionConfig`], and `dtype`, `device_map`, `attn_implementation`, `token`, ...
                 for loading the backbone.
 
@@ -139,12 +150,15 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         # A spelling mistake must not cost the minutes of loading a backbone.
         LayerFusionConfig(recipe=recipe, **labels, **_independent_of_backbone(overrides))
         opened = open_backbone(backbone, revision=revision, image_processor=image_processor, **loading)
-        layout = describe_backbone(opened.model)
+        _check_trainable(opened.model, overrides.get("freeze_backbone", True))
+        # Before the first forward pass, in which some quantisers pack their weights anew.
+        fingerprint = WeightFingerprint.of(opened.model)
+        layout = describe_backbone(opened.model, num_prefix_tokens=num_prefix_tokens, grid_size=grid_size)
         config = LayerFusionConfig(
             backbone_config=opened.model.config,
             backbone_name_or_path=opened.name_or_path,
             backbone_revision=opened.revision,
-            backbone_fingerprint=WeightFingerprint.of(opened.model).to_dict(),
+            backbone_fingerprint=fingerprint.to_dict(),
             token_layout=layout.to_dict(),
             recipe=recipe,
             **labels,
@@ -160,14 +174,26 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         self.image_processor = image_processor or self.image_processor
         if self.config.freeze_backbone:
             backbone.requires_grad_(False)
-        names = [BACKBONE_PREFIX + name for name in backbone.state_dict()]
-        # `save_pretrained` and `Trainer` take exact names here, not patterns.
-        self._frozen_names = set(names)
-        self._pooler_names = {name for name in names if name.startswith(BACKBONE_PREFIX + POOLER_PREFIX)}
+        self._name_backbone_tensors()
         self._keys_to_ignore_on_save = self._frozen_names if self.config.freeze_backbone else self._pooler_names
-        if backbone.device.type != "meta" and self.head_device.type != "meta":
-            self.head.to(backbone.device)
+        device = execution_device(backbone)
+        if device.type != "meta" and self.head_device.type != "meta":
+            self.head.to(device)
+            self.token_projection.to(device)
         self.train(self.training)
+
+    def _name_backbone_tensors(self) -> None:
+        """Exact names, not patterns, are what `save_pretrained` leaves out; merging adapters changes them."""
+        self._frozen_names = {BACKBONE_PREFIX + name for name in self.backbone.state_dict()}
+        self._pooler_names = {name for name in self._frozen_names if name.startswith(BACKBONE_PREFIX + POOLER_PREFIX)}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What `to` and its like do; a backbone that accelerate offloaded or split stays where it was put."""
+        if not hasattr(self.backbone, "_hf_hook"):
+            return super()._apply(fn, recurse)
+        for part in (self.head, self.token_projection):
+            part._apply(fn, recurse)
+        return self
 
     @property
     def head_device(self) -> torch.device:
@@ -248,6 +274,7 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         tokens = layer_features.to(device=self.head_device, dtype=dtype)
         if self.config.token_normalization == "l2":
             tokens = F.normalize(tokens, dim=-1)
+        tokens = self.token_projection(tokens)
         if self.training and self.config.noise_std > 0:
             noisy = torch.rand(tokens.shape[0], 1, 1, device=tokens.device) < self.config.noise_probability
             tokens = tokens + noisy * torch.randn_like(tokens) * self.config.noise_std
@@ -278,9 +305,15 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         pushing = {option: kwargs.pop(option) for option in PUSH_OPTIONS if option in kwargs}
         if include_backbone is None:
             include_backbone = not self.config.freeze_backbone
-        if not include_backbone and not self.config.freeze_backbone:
+        if not include_backbone and not self.config.freeze_backbone and not has_adapters(self.backbone):
             raise LayerFusionError("this backbone was fine-tuned: saving the head alone would lose it")
+        if include_backbone and (method := quantization_of(self.backbone)):
+            raise LayerFusionError(
+                f"a {method}-quantised backbone cannot be written beside the head: leave include_backbone out, and the "
+                "checkpoint names the backbone and how it was quantised"
+            )
         self.config.includes_backbone = include_backbone
+        self._name_backbone_tensors()
         self._keys_to_ignore_on_save = self._pooler_names if include_backbone else self._frozen_names
         if not self.config.freeze_backbone:
             self.config.backbone_fingerprint = WeightFingerprint.of(self.backbone).to_dict()
@@ -365,6 +398,8 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
             config = open_config(name if config is None else str(config), hub_kwargs)
         check_checkpoint(name, config, hub_kwargs)
         kwargs.pop("use_safetensors", None)
+        # Where the backbone is put and how it computes says nothing about the head, which is small.
+        for_head = {key: value for key, value in kwargs.items() if key == "dtype" or key not in LOADING_OPTIONS}
         loaded: Any = super().from_pretrained(
             name,
             *model_args,
@@ -372,7 +407,7 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
             with_backbone=False,
             use_safetensors=True,
             output_loading_info=True,
-            **kwargs,
+            **for_head,
         )
         model, info = loaded
         opened = open_pinned_backbone(name, config, backbone, verify_backbone, kwargs)
@@ -390,7 +425,24 @@ def _label_options(num_labels: int | None, id2label: dict[int, str] | Sequence[s
 
 def _independent_of_backbone(overrides: dict[str, Any]) -> dict[str, Any]:
     """The overrides that can be checked before the backbone's depth, width and tokens are known."""
-    return {key: value for key, value in overrides.items() if key not in ("layers", "pools", "num_heads")}
+    return {key: value for key, value in overrides.items() if key not in ("layers", "modules", "pools", "num_heads")}
+
+
+def _check_trainable(backbone: PreTrainedModel, frozen: bool) -> None:
+    """Refuse to fine-tune what cannot learn."""
+    if frozen:
+        return
+    method = quantization_of(backbone)
+    if method is not None and not has_adapters(backbone):
+        raise LayerFusionError(
+            f"freeze_backbone=False: {method}-quantised weights cannot be trained; attach adapters to them (PEFT), or "
+            "load the backbone without quantization_config"
+        )
+    if not any(parameter.requires_grad for parameter in backbone.parameters()):
+        raise LayerFusionError(
+            "freeze_backbone=False, but no parameter of this backbone requires a gradient: call requires_grad_(True) on "
+            "it, or load its adapters with is_trainable=True"
+        )
 
 
 def _refuse_bad_tokens(layer_features: Tensor, token_names: Sequence[str]) -> None:

@@ -3,85 +3,95 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import LayerFusionError
+from .layout import TokenLayout
+
+POOLS = ("cls", "mean")
 
 
-@dataclass(frozen=True)
-class TokenLayout:
-    """What a backbone's activations look like, measured once and stored in the head's config.
-
-    Attributes:
-        kind: `"tokens"` for `(B, T, D)`, `"channels_first"` for `(B, D, H, W)`, `"channels_last"` for `(B, H, W, D)`.
-        widths: D of hidden state 0 (the embedding output) to L.
-        special_tokens: positions of tokens that are not patches (CLS, distillation, registers), ascending. The first
-            one is the CLS token.
-    """
-
-    kind: str
-    widths: tuple[int, ...]
-    special_tokens: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        # JSON gives lists back.
-        object.__setattr__(self, "widths", tuple(int(width) for width in self.widths))
-        object.__setattr__(self, "special_tokens", tuple(int(token) for token in self.special_tokens))
-        if self.kind not in ("tokens", "channels_first", "channels_last"):
-            raise LayerFusionError(
-                f"token layout kind {self.kind!r} is unknown: use 'tokens', 'channels_first' or 'channels_last'"
-            )
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.widths) - 1
-
-    @property
-    def has_cls(self) -> bool:
-        return bool(self.special_tokens)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-
-def pool_activation(activation: Tensor, layout: TokenLayout, pools: Sequence[str]) -> Tensor:
+def pool_activation(
+    activation: Tensor,
+    layout: TokenLayout,
+    tap: tuple[int, str],
+    pools: Sequence[str],
+    batch_size: int,
+    patch_mask: Tensor | None = None,
+) -> Tensor:
     """Pool one activation into one token per entry of `pools`.
 
     Args:
-        activation: `(B, T, D)`, `(B, D, H, W)` or `(B, H, W, D)`, as `layout.kind` says.
+        activation: of `tap`, in the shape that `layout` gives for it.
         pools: `"cls"` takes the CLS token, `"mean"` averages the patch tokens, special tokens left out.
+        batch_size: B; the activation of some backbones has another first axis.
+        patch_mask: `(B, T)`, which patches are there, where images of several sizes are padded to one number of them.
 
     Returns:
-        `(B, len(pools), D)`, contiguous, in the activation's dtype.
+        `(B, len(pools), D)`, contiguous, in the activation's dtype. A vector is one token already.
+
+    Raises:
+        LayerFusionError: for a pool that does not exist here.
     """
-    if layout.kind == "channels_first":
-        activation = activation.flatten(2).transpose(1, 2)  # (B, D, H, W) -> (B, H*W, D)
-    elif layout.kind == "channels_last":
-        activation = activation.flatten(1, 2)  # (B, H, W, D) -> (B, H*W, D)
+    layer, module = tap
+    if layout.kind(module) == "vector":
+        return activation.unsqueeze(1)  # (B, D) -> (B, 1, D)
+    patches, special = split_tokens(activation, layout, tap, batch_size)
     pooled = []
     for pool in pools:
         if pool == "cls":
-            if not layout.has_cls:
-                raise LayerFusionError("this backbone has no CLS token: use pools=['mean']")
-            pooled.append(activation[:, layout.special_tokens[0]])
+            if not layout.has_cls_at(layer, module):
+                raise LayerFusionError(f"layer {layer} of this backbone has no CLS token: use pools=['mean']")
+            # Suffix tokens stand behind the prefix, so a negative position counts from the end here too.
+            pooled.append(special[:, layout.cls_token])
         elif pool == "mean":
-            pooled.append(_patch_tokens(activation, layout.special_tokens).mean(dim=1))
+            pooled.append(patches.mean(dim=1) if patch_mask is None else _masked_mean(patches, patch_mask))
         else:
             raise LayerFusionError(f"pool {pool!r} is unknown: use 'cls' or 'mean'")
     return torch.stack(pooled, dim=1)  # (B, P, D)
 
 
-def _patch_tokens(tokens: Tensor, special_tokens: Sequence[int]) -> Tensor:
-    num_special = len(special_tokens)
-    if tuple(special_tokens) == tuple(range(num_special)):
-        return tokens[:, num_special:]  # the common case needs no copy
-    is_patch = torch.ones(tokens.shape[1], dtype=torch.bool, device=tokens.device)
-    is_patch[list(special_tokens)] = False
-    return tokens[:, is_patch]
+def split_tokens(
+    activation: Tensor, layout: TokenLayout, tap: tuple[int, str], batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """Patch tokens `(B, T, D)` and special tokens `(B, S, D)` of one activation, each in their order."""
+    layer, module = tap
+    kind = layout.kind(module)
+    if kind == "channels_first":
+        activation = activation.flatten(2).transpose(1, 2)  # (B, D, H, W) -> (B, H*W, D)
+    elif kind == "channels_last":
+        activation = activation.flatten(1, 2)  # (B, H, W, D) -> (B, H*W, D)
+    prefix, suffix = 0, 0
+    if kind == "tokens":
+        prefix, suffix = layout.num_prefix_tokens[layer], layout.num_suffix_tokens[layer]
+    if layout.batching == "sequence_first":
+        activation = activation.transpose(0, 1)  # (T, B, D) -> (B, T, D)
+    if layout.batching == "packed":
+        activation = activation.unflatten(1, (batch_size, -1)).squeeze(0)  # (1, B*T, D) -> (B, T, D)
+    end = activation.shape[1] - suffix
+    patches, special = activation[:, prefix:end], activation[:, :prefix]
+    if suffix:
+        special = torch.cat([special, activation[:, end:]], dim=1)
+    if layout.batching == "windows":  # (B*W, T, D) -> (B, W*T, D)
+        patches, special = (part.unflatten(0, (batch_size, -1)).flatten(1, 2) for part in (patches, special))
+    if patches.ndim != 3 or len(patches) != batch_size:
+        raise LayerFusionError(
+            f"the activation of {module!r} at layer {layer} has shape {tuple(activation.shape)}, which is not what was "
+            f"measured on this backbone ({kind}, {layout.batching} batches of {batch_size})"
+        )
+    return patches, special
+
+
+def _masked_mean(patches: Tensor, mask: Tensor) -> Tensor:
+    if mask.shape != patches.shape[:2]:
+        raise LayerFusionError(
+            f"the patch mask has shape {tuple(mask.shape)}, but there are {tuple(patches.shape[:2])} patches"
+        )
+    weights = mask.to(device=patches.device, dtype=patches.dtype).unsqueeze(-1)  # (B, T, 1)
+    # `where` and not a product: what stands in padded places may be NaN.
+    return torch.where(weights > 0, patches, 0).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
 def pad_width(tokens: Tensor, width: int) -> Tensor:

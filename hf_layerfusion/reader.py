@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .backbones import execution_device
 from .bank import TokenBank, TokenCoordinate
-from .pooling import TokenLayout, pad_width, pool_activation
+from .layout import TokenLayout
+from .pooling import pad_width, pool_activation
 from .taps import Tap, read_taps
+
+# What padding masks over patches are called in the forwards of backbones that take images of several sizes at once.
+_PATCH_MASKS = ("pixel_attention_mask", "patch_attention_mask")
 
 
 def read_bank(
@@ -20,13 +25,16 @@ def read_bank(
     pools: dict[Tap, list[str]] = {}
     for layer, module, pool in bank.coordinates:
         pools.setdefault((layer, module), []).append(pool)
+    masks = [backbone_kwargs[name] for name in _PATCH_MASKS if backbone_kwargs.get(name) is not None]
+    patch_mask = masks[0].flatten(1) if masks else None
 
     def pool_tap(tap: Tap, activation: Tensor) -> Tensor:
-        return pool_activation(activation, layout, pools[tap])
+        return pool_activation(activation, layout, tap, pools[tap], len(pixel_values), patch_mask)
 
-    pooled = read_taps(backbone, pools, pool_tap, pixel_values, **backbone_kwargs)
-    width = bank.width(layout.widths)
-    tokens = torch.cat([pad_width(pooled[tap], width) for tap in pools], dim=1)  # (B, N, D), tap by tap
+    pooled = read_taps(backbone, layout, pools, pool_tap, pixel_values, **backbone_kwargs)
+    width = bank.width(layout)
+    device = execution_device(backbone)  # layers of a backbone that is split over devices give tokens on each
+    tokens = torch.cat([pad_width(pooled[tap], width).to(device) for tap in pools], dim=1)  # (B, N, D), tap by tap
     tap_order = [TokenCoordinate(*tap, pool) for tap, names in pools.items() for pool in names]
     if tap_order == list(bank.coordinates):
         return tokens

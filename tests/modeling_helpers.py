@@ -7,12 +7,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from transformers import (
+    Aimv2VisionConfig,
+    Aimv2VisionModel,
     BeitConfig,
     BeitModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     ConvNextConfig,
     ConvNextModel,
+    Data2VecVisionConfig,
+    Data2VecVisionModel,
     DeiTConfig,
     DeiTModel,
     Dinov2Config,
@@ -21,6 +25,8 @@ from transformers import (
     Dinov2WithRegistersModel,
     DINOv3ViTConfig,
     DINOv3ViTModel,
+    IJepaConfig,
+    IJepaModel,
     PreTrainedConfig,
     PreTrainedModel,
     ResNetConfig,
@@ -31,7 +37,11 @@ from transformers import (
     SiglipVisionModel,
     SwinConfig,
     SwinModel,
+    Swinv2Config,
+    Swinv2Model,
     ViTConfig,
+    ViTMAEConfig,
+    ViTMAEModel,
     ViTModel,
     ViTMSNConfig,
     ViTMSNModel,
@@ -52,24 +62,33 @@ TINY = {
 }
 # The DINOv2 family has a ratio where the others have a width.
 _TINY_DINOV2 = {key: value for key, value in TINY.items() if key != "intermediate_size"} | {"mlp_ratio": 2}
-_STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+_STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 2, 1, 1]}
+# Windows of 3 neither cover nor divide maps of 16, 8 and 4; the last block of the first stage shifts them.
+_WINDOWS = {"embed_dim": 8, "depths": [2, 1, 1], "num_heads": [2, 2, 2], "window_size": 3}
+_WINDOWS |= {"image_size": IMAGE_SIZE, "patch_size": 2}
 
-# The families with their own row in the tap table, by model type.
+# ViTs of which every layer is one block, by model type.
 TABLE_BACKBONES: dict[str, Callable[[], PreTrainedModel]] = {
     "beit": lambda: BeitModel(BeitConfig(**TINY, use_relative_position_bias=True, use_mean_pooling=False)),
     "clip_vision_model": lambda: CLIPVisionModel(CLIPVisionConfig(**TINY)),
+    "data2vec-vision": lambda: Data2VecVisionModel(
+        Data2VecVisionConfig(**TINY, use_relative_position_bias=True, use_mean_pooling=False)
+    ),
     "deit": lambda: DeiTModel(DeiTConfig(**TINY)),
     "dinov2": lambda: Dinov2Model(Dinov2Config(**_TINY_DINOV2)),
     "dinov2_with_registers": lambda: Dinov2WithRegistersModel(
         Dinov2WithRegistersConfig(**_TINY_DINOV2, num_register_tokens=NUM_REGISTERS)
     ),
     "dinov3_vit": lambda: DINOv3ViTModel(DINOv3ViTConfig(**TINY, num_register_tokens=NUM_REGISTERS)),
+    "ijepa": lambda: IJepaModel(IJepaConfig(**TINY)),
     "siglip_vision_model": lambda: SiglipVisionModel(SiglipVisionConfig(**TINY)),
     "vit": lambda: ViTModel(ViTConfig(**TINY)),
+    "vit_mae": lambda: ViTMAEModel(ViTMAEConfig(**TINY)),
 }
 
-# Backbones that are read through `output_hidden_states`.
+# Backbones of other shapes: stages, maps, windows, post-norm, gated.
 OTHER_BACKBONES: dict[str, Callable[[], PreTrainedModel]] = {
+    "aimv2_vision_model": lambda: Aimv2VisionModel(Aimv2VisionConfig(**TINY)),
     "convnext": lambda: ConvNextModel(ConvNextConfig(**_STAGES, image_size=IMAGE_SIZE)),
     "resnet": lambda: ResNetModel(ResNetConfig(**_STAGES, embedding_size=8)),
     "sam_vision_model": lambda: SamVisionModel(
@@ -81,9 +100,8 @@ OTHER_BACKBONES: dict[str, Callable[[], PreTrainedModel]] = {
             global_attn_indexes=list(range(NUM_LAYERS)),
         )
     ),
-    "swin": lambda: SwinModel(
-        SwinConfig(image_size=IMAGE_SIZE, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4)
-    ),
+    "swin": lambda: SwinModel(SwinConfig(**_WINDOWS)),
+    "swinv2": lambda: Swinv2Model(Swinv2Config(**_WINDOWS | {"window_size": 4})),  # padding is NaN in float16
     "vit_msn": lambda: ViTMSNModel(ViTMSNConfig(**TINY)),
 }
 
@@ -108,9 +126,12 @@ def randomise(module: nn.Module) -> nn.Module:
     return module
 
 
-def images(batch_size: int = 2, size: int = IMAGE_SIZE, dtype: torch.dtype = torch.float32, seed: int = 7) -> Tensor:
+def images(
+    batch_size: int = 2, size: int | tuple[int, int] = IMAGE_SIZE, dtype: torch.dtype = torch.float32, seed: int = 7
+) -> Tensor:
+    height, width = (size, size) if isinstance(size, int) else size
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch_size, 3, size, size, generator=generator).to(dtype)
+    return torch.randn(batch_size, 3, height, width, generator=generator).to(dtype)
 
 
 class ScriptedConfig(PreTrainedConfig):
@@ -135,6 +156,6 @@ class ScriptedBackbone(PreTrainedModel):
         return output
 
 
-def patchify(pixel_values: Tensor, patch_size: int = PATCH_SIZE) -> Tensor:
+def patchify(pixel_values: Tensor, patch_size: int | tuple[int, int] = PATCH_SIZE) -> Tensor:
     """`(B, 3, H, W)` to `(B, H * W / p^2, 3 * p^2)`: patch tokens that differ from image to image."""
     return nn.functional.unfold(pixel_values, patch_size, stride=patch_size).transpose(1, 2)

@@ -12,6 +12,7 @@ from hf_layerfusion import LayerFusionError, ViTForAttentiveLayerFusionClassific
 from hf_layerfusion.analysis import AttentionSummary, summarise_attentions
 from hf_layerfusion.analysis.plots import plot_attention
 from hf_layerfusion.bank import TokenBank
+from hf_layerfusion.layout import TokenLayout
 
 BATCHES = [{"pixel_values": images(size, seed=size), "labels": torch.zeros(size)} for size in (4, 3, 1)]
 
@@ -73,7 +74,7 @@ def test_nothing_to_explain():
 
 
 def summary_of(num_heads, num_layers):
-    bank = TokenBank.build(range(1, num_layers + 1), ["block"], ["cls", "mean"], num_layers)
+    bank = TokenBank.build(range(1, num_layers + 1), ["block"], ["cls", "mean"], TokenLayout.of_plain_vit(8, num_layers))
     mean = torch.randn(num_heads, len(bank), dtype=torch.float64).softmax(-1)
     return AttentionSummary(bank.names, mean, mean / 4, 17)
 

@@ -25,7 +25,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from transformers.utils import is_torchvision_available
 
 from hf_layerfusion import LayerFusionError
-from hf_layerfusion.backbones import WeightFingerprint, describe_backbone, open_backbone, open_image_processor
+from hf_layerfusion.backbones import WeightFingerprint, open_backbone, open_image_processor
+from hf_layerfusion.probe import describe_backbone
 
 _TEXT = {
     "hidden_size": 32,
@@ -95,7 +96,7 @@ def test_a_classifier_s_folder_opens_although_its_pooler_is_missing(build, tower
     expected = getattr(classifier, tower).state_dict()
     assert opened.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in opened.state_dict().items())
-    assert describe_backbone(opened).special_tokens == (0,)
+    assert describe_backbone(opened).num_prefix_tokens == (1,) * (NUM_LAYERS + 1)
 
 
 def _tiny_clip():

@@ -6,6 +6,16 @@ import pytest
 
 from hf_layerfusion import LayerFusionError, TokenBank, TokenCoordinate
 from hf_layerfusion.bank import resolve_layers
+from hf_layerfusion.layout import TapLayout, TokenLayout
+
+
+def vit(num_layers, width=32):
+    return TokenLayout.of_plain_vit(width, num_layers)
+
+
+def maps(*widths):
+    """Layers 0 to L of a convolutional backbone."""
+    return TokenLayout({"block": TapLayout("channels_first", widths)})
 
 
 @pytest.mark.parametrize(
@@ -82,7 +92,7 @@ def test_resolve_layers_errors(spec, message):
 
 
 def test_build_orders_layers_then_modules_then_pools():
-    bank = TokenBank.build([1, 3], ["ln2", "block"], ["cls", "mean"], num_layers=3)
+    bank = TokenBank.build([1, 3], ["ln2", "block"], ["cls", "mean"], vit(3))
     assert bank.coordinates == (
         TokenCoordinate(1, "ln2", "cls"),
         TokenCoordinate(1, "ln2", "mean"),
@@ -99,12 +109,12 @@ def test_build_orders_layers_then_modules_then_pools():
 
 
 def test_build_leaves_out_what_does_not_exist():
-    bank = TokenBank.build([0, 2, 3], ["block", "ln2", "final_norm"], ["mean"], num_layers=3)
+    bank = TokenBank.build([0, 2, 3], ["block", "ln2", "final_norm"], ["mean"], vit(3))
     assert bank.taps == [(0, "block"), (2, "block"), (2, "ln2"), (3, "block"), (3, "ln2"), (3, "final_norm")]
 
 
 def test_names_are_readable():
-    bank = TokenBank.build([0, 7, 12], ["block", "final_norm"], ["mean"], num_layers=12)
+    bank = TokenBank.build([0, 7, 12], ["block", "final_norm"], ["mean"], vit(12))
     assert bank.names == [
         "layer 0 · embeddings · mean",
         "layer 7 · block · mean",
@@ -114,12 +124,38 @@ def test_names_are_readable():
 
 
 def test_width_is_that_of_the_widest_tapped_layer():
-    bank = TokenBank.build([1, 2], ["block"], ["mean"], num_layers=3)
-    assert bank.width([64, 8, 16, 128]) == 16
+    layout = maps(64, 8, 16, 128)
+    bank = TokenBank.build([1, 2], ["block"], ["mean"], layout)
+    assert bank.width(layout) == 16
+    assert bank.widths(layout) == [8, 16]
+
+
+def test_width_counts_the_tapped_module():
+    layout = vit(3, width=8)
+    assert TokenBank.build([2], ["ln2", "activation"], ["mean"], layout).widths(layout) == [8, 32]
+
+
+def test_a_cls_token_in_the_last_layers_only():
+    layout = TokenLayout({"block": TapLayout("tokens", (8, 8, 8))}, num_prefix_tokens=(0, 0, 1), cls_token=0)
+    bank = TokenBank.build([1, 2], ["block"], ["cls", "mean"], layout)
+    assert bank.names == ["layer 1 · block · mean", "layer 2 · block · cls", "layer 2 · block · mean"]
+
+
+def test_no_embedding_output():
+    assert len(TokenBank.build([0], ["block"], ["mean"], maps(0, 8, 16))) == 0
+
+
+def test_the_model_s_own_pooler_is_one_token():
+    taps = {"block": TapLayout("tokens", (8, 8)), "pooler": TapLayout("vector", (0, 12))}
+    layout = TokenLayout(taps)
+    bank = TokenBank.build([0, 1], ["block", "pooler"], ["cls", "mean"], layout)
+    assert bank.names == ["layer 0 · embeddings · mean", "layer 1 · block · mean", "layer 1 · pooler"]
+    assert bank.width(layout) == 12
+    assert TokenBank.from_list(bank.to_list()) == bank
 
 
 def test_round_trip_through_a_list():
-    bank = TokenBank.build([0, 2], ["block", "ln2"], ["cls", "mean"], num_layers=4)
+    bank = TokenBank.build([0, 2], ["block", "ln2"], ["cls", "mean"], vit(4))
     rows = bank.to_list()
     assert rows[0] == [0, "block", "cls"]
     assert TokenBank.from_list(rows) == bank
@@ -127,8 +163,8 @@ def test_round_trip_through_a_list():
 
 
 def test_union_keeps_order_and_drops_doubles():
-    first = TokenBank.build([2, 3], ["block"], ["mean"], num_layers=3)
-    second = TokenBank.build([1, 2], ["block"], ["mean"], num_layers=3)
+    first = TokenBank.build([2, 3], ["block"], ["mean"], vit(3))
+    second = TokenBank.build([1, 2], ["block"], ["mean"], vit(3))
     assert [c.layer for c in (first | second).coordinates] == [2, 3, 1]
     assert first | first == first
     union = first | second
@@ -136,7 +172,7 @@ def test_union_keeps_order_and_drops_doubles():
 
 
 def test_positions_follow_the_wanted_order():
-    bank = TokenBank.build([1, 2, 3], ["block"], ["cls", "mean"], num_layers=3)
+    bank = TokenBank.build([1, 2, 3], ["block"], ["cls", "mean"], vit(3))
     wanted = TokenBank((TokenCoordinate(3, "block", "cls"), TokenCoordinate(1, "block", "mean")))
     assert bank.positions_of(wanted) == [4, 1]
     assert bank.positions_of(bank) == list(range(6))
@@ -154,12 +190,12 @@ def test_positions_follow_the_wanted_order():
     ],
 )
 def test_positions_of_names_what_is_missing(layers, message):
-    bank = TokenBank.build([1, 2], ["block"], ["mean"], num_layers=9)
+    bank = TokenBank.build([1, 2], ["block"], ["mean"], vit(9))
     with pytest.raises(LayerFusionError, match=re.escape(message)):
-        bank.positions_of(TokenBank.build([1, *layers], ["block"], ["mean"], num_layers=9))
+        bank.positions_of(TokenBank.build([1, *layers], ["block"], ["mean"], vit(9)))
 
 
-SELECTABLE = TokenBank.build([0, 1, 2], ["block", "ln2"], ["cls", "mean"], num_layers=3)
+SELECTABLE = TokenBank.build([0, 1, 2], ["block", "ln2"], ["cls", "mean"], vit(3))
 
 
 @pytest.mark.parametrize(

@@ -86,9 +86,14 @@ def load(folder):
 def test_info_of_a_backbone(cli, backbone):
     printed = cli("info", backbone, "--num_labels", 7)
     assert "Dinov2Model (dinov2)" in printed
-    assert f"layers: {NUM_LAYERS}, widths 32" in printed
-    assert "special tokens at 0\n" in printed
-    assert "modules: block, ln2, final_norm" in printed
+    for line in (
+        f"layers: {NUM_LAYERS} blocks",
+        "widths: 32",
+        "patches: 4 x 4 at 32 x 32 px (tokens)",
+        "special tokens: 1 before the patches; CLS",
+        "modules: ln1, attention, residual, ln2, fc1, activation, fc2, block, final_norm, pooler",
+    ):
+        assert f"{line}\n" in printed
     row = next(line.split() for line in printed.splitlines() if line.startswith("alf "))
     model = ViTForAttentiveLayerFusionClassification.from_backbone(backbone, num_labels=7)
     size = sum(parameter.numel() for parameter in model.head.parameters())

@@ -11,12 +11,18 @@ from transformers import AutoConfig, Dinov2Config, PreTrainedConfig, ViTConfig
 
 from hf_layerfusion import RECIPES, LayerFusionConfig, LayerFusionError
 from hf_layerfusion.heads import build_head
-from hf_layerfusion.pooling import TokenLayout
+from hf_layerfusion.layout import MODULES, TapLayout, TokenLayout
 
 VIT = {"model_type": "vit", **TINY}
 DEEP_VIT = VIT | {"num_hidden_layers": 12}  # deep enough for every recipe
-NO_CLS = TokenLayout("tokens", [32] * (NUM_LAYERS + 1)).to_dict()
-GROWING = TokenLayout("channels_first", [8, 8, 16, 32]).to_dict()
+
+
+def layout_of(kind, *widths, **taps):
+    return TokenLayout({"block": TapLayout(kind, widths), **taps}).to_dict()
+
+
+NO_CLS = layout_of("tokens", 32, 32, 32, 32, final_norm=TapLayout("tokens", (0, 0, 0, 32)))
+GROWING = layout_of("channels_first", 8, 8, 16, 32)
 
 
 def test_defaults_are_a_plain_vit_and_alf():
@@ -93,12 +99,35 @@ def test_hidden_size_is_the_widest_tapped_layer():
     assert LayerFusionConfig(**config, layers=[0, 1]).hidden_size == 8
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("layout", [NO_CLS, GROWING], ids=["tokens", "maps"])
-def test_recipes_adapt_to_a_backbone_without_cls(recipe, layout):
-    layout = layout | {"widths": [layout["widths"][0], *[32] * 4]}  # four layers, for the recipes that need them
-    config = LayerFusionConfig(backbone_config=VIT, token_layout=layout, recipe=recipe)
+# Four layers, for the recipes that need them.
+ADAPTED = {
+    "tokens": layout_of("tokens", *[32] * 5, final_norm=TapLayout("tokens", (0, 0, 0, 0, 32))),
+    "maps": layout_of("channels_first", 8, *[32] * 4),
+}
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.keys() - {"alf-paper"}))
+@pytest.mark.parametrize("case", ADAPTED)
+def test_recipes_adapt_to_a_backbone_without_cls_or_final_norm(recipe, case):
+    config = LayerFusionConfig(backbone_config=VIT, token_layout=ADAPTED[case], recipe=recipe)
     assert config.pools == ["mean"]
+    if recipe.startswith("linear-last"):
+        assert config.token_names == [f"layer 4 · {'final_norm' if case == 'tokens' else 'block'} · mean"]
+
+
+def test_the_paper_s_recipe_needs_the_paper_s_taps():
+    with pytest.raises(LayerFusionError, match="this backbone has no 'ln2': its modules are block"):
+        LayerFusionConfig(backbone_config=VIT, token_layout=ADAPTED["maps"], recipe="alf-paper")
+
+
+LATE_CLS = TokenLayout({"block": TapLayout("tokens", (8, 8, 8))}, num_prefix_tokens=(0, 0, 1), cls_token=0).to_dict()
+
+
+def test_scalar_mix_takes_the_pools_that_every_layer_has():
+    config = LayerFusionConfig(backbone_config=VIT, token_layout=LATE_CLS, recipe="scalar-mix")
+    assert config.token_names == ["layer 1 · block · mean", "layer 2 · block · mean"]
+    with pytest.raises(LayerFusionError, match="a scalar_mix head needs the same pools in every layer"):
+        LayerFusionConfig(backbone_config=VIT, token_layout=LATE_CLS, recipe="scalar-mix", pools=["cls", "mean"])
 
 
 def test_a_pool_that_was_asked_for_is_not_dropped_silently():
@@ -134,12 +163,20 @@ BAD_VALUES = {
         {"backbone_config": {"model_type": "resnet"}},
         "the token layout of a 'resnet' backbone cannot be read off its config: build the head with from_backbone",
     ),
-    "layout kind": ({"token_layout": GROWING | {"kind": "grid"}}, "token layout kind 'grid' is unknown"),
+    "layout kind": (
+        {"token_layout": {"taps": {"block": {"kind": "grid", "widths": [8, 8]}}}},
+        "token layout kind 'grid' is unknown",
+    ),
     "layer range": ({"layers": [4]}, "layer 4 is out of range for a backbone of 3 layers"),
     "layer count": ({"layers": 4}, "layers=4 asks for the last 4 layers, but the backbone has 3"),
     "layer text": ({"layers": "early"}, "layers='early' is not understood"),
-    "module": ({"modules": ["fc1"]}, "modules 'fc1' is unknown: choose from ['block', 'ln2', 'final_norm']"),
-    "no module": ({"modules": []}, "modules is empty: choose from ['block', 'ln2', 'final_norm']"),
+    "module": ({"modules": ["fc3"]}, f"modules 'fc3' is unknown: choose from {list(MODULES)}"),
+    "no module": ({"modules": []}, f"modules is empty: choose from {list(MODULES)}"),
+    "absent module": (
+        {"token_layout": NO_CLS, "modules": ["block", "fc1"]},
+        "this backbone has no 'fc1': its modules are block, final_norm",
+    ),
+    "width alignment": ({"width_alignment": "crop"}, "width_alignment 'crop' is unknown: choose from ['pad', 'project']"),
     "module twice": ({"modules": ["ln2", "ln2"]}, "modules=['ln2', 'ln2'] names a value twice"),
     "pool": ({"pools": ["max"]}, "pools 'max' is unknown: choose from ['cls', 'mean']"),
     "no pool": ({"pools": []}, "pools is empty"),
@@ -155,10 +192,10 @@ BAD_VALUES = {
     ),
     "no token": (
         {"layers": [1, 2], "modules": ["final_norm"]},
-        "layers=[1, 2] and modules=['final_norm'] select no token: only layer 1 and above have 'ln2', and only "
-        "layer 3 has 'final_norm'",
+        "layers=[1, 2], modules=['final_norm'] and pools=['cls', 'mean'] select no token: layer 0 has only its "
+        "'block' output, 'final_norm' and 'pooler' stand at layer 3",
     ),
-    "no token at 0": ({"layers": [0], "modules": ["ln2"]}, "layers=[0] and modules=['ln2'] select no token"),
+    "no token at 0": ({"layers": [0], "modules": ["ln2"]}, "layers=[0], modules=['ln2'] and pools=['cls', 'mean'] select no token"),
     "attention dropout": ({"attention_dropout": 1.5}, "attention_dropout=1.5 is not a probability: use 0 to 1"),
     "projection dropout": ({"projection_dropout": -0.1}, "projection_dropout=-0.1 is not a probability"),
     "noise probability": ({"noise_probability": float("nan")}, "noise_probability=nan is not a probability"),
@@ -202,7 +239,7 @@ ROUND_TRIPS = {
     },
 }
 COMPARED = (
-    *("recipe", "layers", "modules", "pools", "token_layout", "token_normalization", "noise_std", "noise_probability"),
+    *("recipe", "layers", "modules", "pools", "token_layout", "width_alignment", "token_normalization", "noise_std", "noise_probability"),
     *("head_type", "num_heads", "num_queries", "head_dim_multiplier", "attention_dropout", "projection_dropout"),
     *("head_implementation", "freeze_backbone", "backbone_lr_factor", "class_weights", "num_labels", "id2label"),
     *("label2id", "problem_type", "backbone_name_or_path", "backbone_revision", "backbone_fingerprint"),
@@ -231,7 +268,10 @@ def test_the_file_is_explicit(tmp_path):
     assert values["layers"] == [2, 3]
     assert values["pools"] == ["cls", "mean"]
     assert values["head_type"] == "attentive"
-    assert values["token_layout"] == {"kind": "tokens", "widths": [32] * 4, "special_tokens": [0]}
+    layout = values["token_layout"]
+    assert layout["taps"]["block"] == {"kind": "tokens", "widths": [32] * 4}
+    assert layout["taps"]["fc1"] == {"kind": "tokens", "widths": [0, 64, 64, 64]}
+    assert (layout["num_prefix_tokens"], layout["num_suffix_tokens"], layout["cls_token"]) == ([1] * 4, [0] * 4, 0)
 
 
 def test_a_damaged_file_is_refused(tmp_path):

@@ -14,6 +14,8 @@ from torch import Tensor
 from ..errors import LayerFusionError
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
 
+_LABELS = ("label", "labels", "label_ids")
+
 
 @dataclass
 class AttentionSummary:
@@ -61,7 +63,7 @@ def summarise_attentions(
 
     Args:
         model: with an attentive or scalar-mix head; it is left in eval mode.
-        batches: each holds `pixel_values` or `layer_features`; other entries are ignored.
+        batches: each holds `layer_features`, or `pixel_values` and what else the backbone reads; labels are ignored.
 
     Raises:
         LayerFusionError: if the head has no attention, or there are no batches.
@@ -70,9 +72,7 @@ def summarise_attentions(
     total = squares = torch.zeros(0)
     model.eval()
     for batch in batches:
-        inputs = {
-            key: value.to(model.device) for key, value in batch.items() if key in ("pixel_values", "layer_features")
-        }
+        inputs = {key: value.to(model.device) for key, value in batch.items() if key not in _LABELS}
         with torch.no_grad():
             attentions = model(**inputs, output_attentions=True).layer_attentions
         if attentions is None:

@@ -1,4 +1,7 @@
-"""Describe a backbone or a saved head: layers, widths, taps, tokens per recipe, sizes."""
+"""Describe a backbone or a saved head: layers, widths, taps, tokens per recipe, sizes.
+
+Opening a backbone runs it once on two random images, which is how its tokens are told.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,14 @@ import argparse
 
 from transformers import AutoConfig
 
-from ..backbones import describe_backbone, open_backbone
+from ..backbones import open_backbone
 from ..configuration_layer_fusion import LayerFusionConfig
 from ..errors import LayerFusionError
-from ..heads import build_head
+from ..heads import build_parts
+from ..layout import BLOCK_MODULES, TokenLayout
+from ..probe import describe_backbone
 from ..recipes import RECIPES
-from ..taps import available_modules
-from .options import number
+from .options import add_layout_options, number
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -20,11 +24,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num_labels", type=number(int, at_least=1), default=100, help="for the size of a new head (default: 100)"
     )
+    parser.add_argument("--revision", help="branch, tag or commit of the backbone")
+    add_layout_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     try:
-        config = AutoConfig.from_pretrained(arguments.name)
+        config = AutoConfig.from_pretrained(arguments.name, revision=arguments.revision)
     except (OSError, ValueError) as error:
         raise LayerFusionError(
             f"{arguments.name!r} is neither a folder nor a Hub model to be read: {error}"
@@ -35,10 +41,9 @@ def run(arguments: argparse.Namespace) -> None:
         _describe_backbone(arguments)
 
 
-def _describe_head(config) -> None:
-    parameters = sum(parameter.numel() for parameter in build_head(config).parameters())
+def _describe_head(config: LayerFusionConfig) -> None:
     fingerprint = (config.backbone_fingerprint or {}).get("digest", "none")
-    print(f"head: recipe {config.recipe}, {config.head_type}, {parameters:,} parameters")
+    print(f"head: recipe {config.recipe}, {config.head_type}, {_count_parameters(config):,} parameters")
     print(f"backbone: {config.backbone_name_or_path}, revision {config.backbone_revision or '-'}")
     print(f"backbone weights: sha256 {fingerprint[:16]}...")
     print(
@@ -51,14 +56,14 @@ def _describe_head(config) -> None:
 
 
 def _describe_backbone(arguments: argparse.Namespace) -> None:
-    backbone = open_backbone(arguments.name)
-    layout = describe_backbone(backbone.model)
+    backbone = open_backbone(arguments.name, revision=arguments.revision)
+    layout = describe_backbone(
+        backbone.model, num_prefix_tokens=arguments.num_prefix_tokens, grid_size=arguments.grid_size
+    )
     parameters = sum(parameter.numel() for parameter in backbone.model.parameters())
     print(f"{type(backbone.model).__name__} ({backbone.model.config.model_type}), {parameters / 1e6:.1f} M parameters")
-    print(f"layers: {layout.num_layers}, widths {', '.join(map(str, sorted(set(layout.widths))))}")
-    special = ", ".join(map(str, layout.special_tokens)) or "none"
-    print(f"activations: {layout.kind}; special tokens at {special}" + ("" if layout.has_cls else " (no CLS)"))
-    print(f"modules: {', '.join(available_modules(backbone.model))}")
+    for line in _layout_lines(layout):
+        print(line)
     print(f"\n{'recipe':<22}{'tokens':>7}{'width':>7}{'head parameters':>17}{'cache bytes/image':>19}")
     for name in RECIPES:
         try:
@@ -69,12 +74,43 @@ def _describe_backbone(arguments: argparse.Namespace) -> None:
                 token_layout=layout.to_dict(),
             )
         except LayerFusionError as error:
-            print(f"{name:<22}{error}")
+            print(f"{name:<22}not here: {error}")
             continue
-        if missing := set(config.modules) - set(available_modules(backbone.model)):
-            print(f"{name:<22}not here: this backbone has no {', '.join(sorted(missing))}")
-            continue
-        size = sum(parameter.numel() for parameter in build_head(config).parameters())
-        tokens = len(config.bank)
+        tokens, size = len(config.bank), _count_parameters(config)
         print(f"{name:<22}{tokens:>7}{config.hidden_size:>7}{size:>17,}{2 * tokens * config.hidden_size:>19,}")
     print(f"\nhead sizes for {arguments.num_labels} labels; cache in float16")
+
+
+def _layout_lines(layout: TokenLayout) -> list[str]:
+    """A backbone's layout, a line per fact."""
+    unit = "blocks" if layout.reading == "blocks" else "stages"
+    embeddings = "" if layout.widths[0] else "; no embedding output (layer 0)"
+    lines = [f"layers: {layout.num_layers} {unit}{embeddings}"]
+    lines.append(f"widths: {_runs(layout.widths[1:])}")
+    size = "" if layout.image_size is None else f" at {layout.image_size[0]} x {layout.image_size[1]} px"
+    grids = _runs([f"{grid[0]} x {grid[1]}" if grid else "no grid" for grid in layout.grids[1:]])
+    lines.append(f"patches: {grids}{size} ({layout.kind('block').replace('_', ' ')})")
+    prefix, suffix = max(layout.num_prefix_tokens), max(layout.num_suffix_tokens)
+    special = f"{prefix} before the patches" + (f", {suffix} after" if suffix else "")
+    where = "" if layout.has_cls_at(layout.num_layers) == layout.has_cls_at(1) else ", in the last layers only"
+    lines.append(f"special tokens: {special}; {'CLS' + where if layout.has_cls else 'no CLS'}")
+    absent = [module for module in (*BLOCK_MODULES, "final_norm") if module not in layout.modules]
+    lines.append(f"modules: {', '.join(layout.modules)}" + (f"; absent: {', '.join(absent)}" if absent else ""))
+    return lines
+
+
+def _runs(values) -> str:
+    """`96 x2, 192, 384 x6` for a list with repetitions."""
+    runs: list[list] = []
+    for value in values:
+        if runs and runs[-1][0] == value:
+            runs[-1][1] += 1
+        else:
+            runs.append([value, 1])
+    if len(runs) == 1:
+        return str(runs[0][0])
+    return ", ".join(f"{value} (x{count})" if count > 1 else str(value) for value, count in runs)
+
+
+def _count_parameters(config: LayerFusionConfig) -> int:
+    return sum(parameter.numel() for part in build_parts(config).values() for parameter in part.parameters())

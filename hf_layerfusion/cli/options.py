@@ -17,12 +17,15 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from ..bank import MODULES, POOLS
+from ..configuration_layer_fusion import WIDTH_ALIGNMENTS
 from ..data import label_options, open_dataset, prepare_splits, resize_processor
 from ..errors import LayerFusionError
 from ..features import LayerFeatures, extract_features
 from ..features.manifest import STORAGE_DTYPES
+from ..images import process_image, stack_images
+from ..layout import MODULES
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
+from ..pooling import POOLS
 from ..recipes import RECIPES
 from ..training.collators import ImageCollator
 
@@ -88,6 +91,28 @@ def add_backbone_options(parser: argparse.ArgumentParser) -> None:
         "--image_size", type=number(int, at_least=1), help="pixels, if other than the backbone's processor says"
     )
     group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the backbone (default: float32)")
+    group.add_argument(
+        "--width_alignment",
+        choices=WIDTH_ALIGNMENTS,
+        help="how layers of several widths come to one: padded with zeros, or by learned projections (default: pad)",
+    )
+    add_layout_options(group)
+
+
+def add_layout_options(group: argparse._ActionsContainer) -> None:
+    """What a user may state of a backbone whose tokens cannot be told by measuring."""
+    group.add_argument(
+        "--num_prefix_tokens",
+        type=number(int, at_least=0),
+        help="tokens before the patches (CLS, registers), where they cannot be measured",
+    )
+    group.add_argument(
+        "--grid_size",
+        type=number(int, at_least=1),
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="of the patch grid, where it cannot be measured",
+    )
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
@@ -132,11 +157,15 @@ def build_model(
             overrides[option] = [part.strip() for part in value.split(",")]
     if arguments.layers:
         overrides["layers"] = arguments.layers
+    if arguments.width_alignment:
+        overrides["width_alignment"] = arguments.width_alignment
     model = ViTForAttentiveLayerFusionClassification.from_backbone(
         arguments.backbone,
         recipe=arguments.recipe,
         revision=arguments.revision,
         dtype=getattr(torch, arguments.dtype),
+        num_prefix_tokens=arguments.num_prefix_tokens,
+        grid_size=arguments.grid_size,
         **label_options(labels, label_column),
         **overrides,
     )
@@ -152,7 +181,8 @@ def _set_image_size(model: ViTForAttentiveLayerFusionClassification, image_size:
     model.image_processor = resize_processor(model.image_processor, image_size)
     blank = PILImage.new("RGB", (image_size, image_size))
     try:
-        model.extract_layer_features(model.image_processor(images=blank, return_tensors="pt")["pixel_values"])
+        inputs: Any = stack_images([process_image(model.image_processor, blank)])
+        model.extract_layer_features(**inputs)
     except (RuntimeError, ValueError) as error:
         raise LayerFusionError(f"--image_size {image_size} is no size that {name} can read: {error}") from error
 

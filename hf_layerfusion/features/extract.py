@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..backbones import execution_device
 from ..bank import TokenBank
 from ..configuration_layer_fusion import LayerFusionConfig
 from ..data import find_image_column, find_label_column
 from ..errors import LayerFusionError
-from ..images import check_images, decode_image, describe_row, stack_images
+from ..images import check_images, decode_image, describe_row, process_image, stack_images
 from .manifest import MANIFEST_NAME, STORAGE_DTYPES, Manifest, Shard, describe_difference, sha256_of
 from .store import FEATURES_COLUMN, LABEL_COLUMN, LayerFeatures
 
@@ -89,7 +90,7 @@ def extract_features(
     labels, label_feature = _checked_labels(dataset, label_column, model.config)
     manifest = Manifest(
         bank=bank.to_list(),
-        hidden_size=bank.width(model.config.layout.widths),
+        hidden_size=bank.width(model.config.layout),
         dtype=dtype,
         num_rows=len(dataset),
         label_names=label_feature.names if isinstance(label_feature, ClassLabel) else None,
@@ -135,7 +136,7 @@ def extract_features(
 
 
 class _DecodedImages(torch.utils.data.Dataset):
-    """Pixel values of one image at a time, so that worker processes do the decoding."""
+    """Inputs of the backbone for one image at a time, so that worker processes do the decoding."""
 
     def __init__(self, images: Dataset, image_column: str, first_row: int, processor: Any):
         self.images, self.image_column, self.first_row, self.processor = images, image_column, first_row, processor
@@ -143,10 +144,10 @@ class _DecodedImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
         value = self.images[index][self.image_column]
         image = decode_image(value, describe_row(self.first_row + index, value))
-        return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return process_image(self.processor, image)
 
 
 def _extract(
@@ -161,11 +162,12 @@ def _extract(
     storage = getattr(torch, manifest.dtype)
     was_training = model.training
     model.eval()
+    device = execution_device(model.backbone)
     try:
-        for pixel_values in loader:
-            pixel_values = pixel_values.to(model.backbone.device, non_blocking=True)
+        for inputs in loader:
+            inputs = {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
             with torch.inference_mode():
-                computed = model.extract_layer_features(pixel_values, bank=bank, **backbone_kwargs)
+                computed = model.extract_layer_features(**inputs, bank=bank, **backbone_kwargs)
             stored = computed.to(storage).cpu()
             _check_finite(stored, computed, row, bank, manifest.dtype)
             row += len(stored)

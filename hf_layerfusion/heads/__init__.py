@@ -6,6 +6,7 @@ from ..errors import LayerFusionError
 from .attentive import AttentiveFusionHead
 from .linear import LinearHead
 from .scalar_mix import ScalarMixHead
+from .width_projection import WidthProjection
 
 
 def build_head(config) -> nn.Module:
@@ -28,4 +29,12 @@ def build_head(config) -> nn.Module:
     raise LayerFusionError(f"head_type {config.head_type!r} is unknown")
 
 
-__all__ = ["AttentiveFusionHead", "LinearHead", "ScalarMixHead", "build_head"]
+def build_parts(config) -> dict[str, nn.Module]:
+    """Everything that is trained beside the backbone, by the name it has in the model."""
+    parts = {"head": build_head(config)}
+    if config.width_alignment == "project":
+        parts["token_projection"] = WidthProjection(config.bank.widths(config.layout), config.hidden_size)
+    return parts
+
+
+__all__ = ["AttentiveFusionHead", "LinearHead", "ScalarMixHead", "WidthProjection", "build_head", "build_parts"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LayerFusionError
-from ..images import decode_image, stack_images
+from ..images import decode_image, process_image, stack_images
 from ..losses import check_labels
 
 # Names that a column of labels may have, in the order of preference.
@@ -63,6 +63,7 @@ class LayerFeatureCollator:
 class ImageCollator:
     """Rows with pictures to `{"pixel_values": (B, 3, H, W), "labels": (B,) or (B, C)}`.
 
+    What else the processor gives for the backbone (SigLIP 2's masks and grids) comes along.
     `Trainer` drops columns that the model's forward does not name before a collator sees them: give it
     `TrainingArguments(remove_unused_columns=False)`. Cast the column to `datasets.Image(decode=False)` to have corrupt
     files named. Rows without labels give a batch without.
@@ -93,13 +94,12 @@ class ImageCollator:
             LayerFusionError: for a missing image column, a corrupt picture, a processor that leaves pictures at
                 different sizes, and for labels that are missing in some rows or out of range.
         """
-        pixel_values = [self._pixels(row, position) for position, row in enumerate(rows)]  # B of (3, H, W)
         return {
-            "pixel_values": stack_images(pixel_values),
+            **stack_images([self._pixels(row, position) for position, row in enumerate(rows)]),
             **_collate_labels(rows, (self.label_column,), self.num_labels),
         }
 
-    def _pixels(self, row: Row, position: int) -> Tensor:
+    def _pixels(self, row: Row, position: int) -> dict[str, Tensor]:
         if self.image_column not in row:
             raise LayerFusionError(
                 f"rows have no image column {self.image_column!r}, only {sorted(row)}: name it with image_column, and "
@@ -107,7 +107,7 @@ class ImageCollator:
             )
         value = row[self.image_column]
         image = decode_image(value, _describe(value, position))
-        return self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return process_image(self.image_processor, image)
 
 
 def _as_tensor(value: Any) -> Tensor:

@@ -36,7 +36,8 @@ def parameter_groups(
         backbone_learning_rate: by default `config.backbone_lr_factor * learning_rate`.
         backbone_weight_decay: of the backbone.
     """
-    groups = [{"params": _trainable(model.head), "lr": learning_rate, "weight_decay": weight_decay}]
+    head = _trainable(model.head) + _trainable(model.token_projection)
+    groups = [{"params": head, "lr": learning_rate, "weight_decay": weight_decay}]
     if model.backbone is not None and not model.config.freeze_backbone:
         if backbone_learning_rate is None:
             backbone_learning_rate = model.config.backbone_lr_factor * learning_rate

@@ -1,0 +1,164 @@
+"""What a backbone's activations look like: measured once, stored in the head's config, read by everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import LayerFusionError
+
+# The points of a pre-norm block in the order of the data flow, in the terms of arXiv 2603.05280, section 2.
+BLOCK_MODULES = ("ln1", "attention", "residual", "ln2", "fc1", "activation", "fc2", "block")
+# And what stands after the last block: the last norm, and the model's own pooled vector.
+MODULES = (*BLOCK_MODULES, "final_norm", "pooler")
+KINDS = ("tokens", "channels_first", "channels_last", "vector")
+READINGS = ("blocks", "hidden_states")
+BATCHINGS = ("plain", "windows", "packed", "sequence_first")
+
+
+@dataclass(frozen=True)
+class TapLayout:
+    """The activations of one module.
+
+    Attributes:
+        kind: `"tokens"` for `(B, T, D)`, `"channels_first"` for `(B, D, H, W)`, `"channels_last"` for `(B, H, W, D)`,
+            `"vector"` for `(B, D)`.
+        widths: D at layers 0 to L; 0 where the layer has no such activation.
+    """
+
+    kind: str
+    widths: tuple[int, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "widths", tuple(int(width) for width in self.widths))
+        _check("kind", self.kind, KINDS)
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """One description of a backbone's tokens.
+
+    Attributes:
+        taps: a [`TapLayout`] per module, or its dict; `"block"` is always there.
+        num_prefix_tokens: tokens before the patches (CLS, distillation, registers) at layers 0 to L, or one number.
+            Maps have none.
+        num_suffix_tokens: tokens after the patches, likewise.
+        cls_token: position of the CLS token, negative from the end; `None` if there is none.
+        grids: height and width of the patch grid at layers 0 to L for an image of `image_size`; `None` where the
+            patches form no grid.
+        image_size: height and width in pixels that the layout was measured at, the backbone's native size.
+        reading: `"blocks"` if each layer is the output of one block, taken by a hook; `"hidden_states"` if layers are
+            stages, taken from `output_hidden_states`.
+        tower: path of the part that holds the blocks, where a backbone has several towers in a row.
+        first_hidden_state: position of layer 1 among the hidden states.
+        final_norm: path of the norm behind the last block; `None` if there is none that reads its tokens.
+        attention_in_windows: attention runs in windows, so its output is taken where it joins the stream: as the first
+            residual minus the block's input.
+        batching: `"windows"` if windows are folded into the batch axis, `"packed"` if all images stand in one row,
+            `"sequence_first"` for `(T, B, D)`.
+    """
+
+    taps: Mapping[str, TapLayout]
+    num_prefix_tokens: tuple[int, ...] = (0,)
+    num_suffix_tokens: tuple[int, ...] = (0,)
+    cls_token: int | None = None
+    grids: tuple[tuple[int, int] | None, ...] = field(default=())
+    image_size: tuple[int, int] | None = None
+    reading: str = "blocks"
+    tower: str = ""
+    first_hidden_state: int = 1
+    final_norm: str | None = None
+    attention_in_windows: bool = False
+    batching: str = "plain"
+
+    def __post_init__(self):
+        # JSON gives dicts and lists back.
+        taps = {name: tap if isinstance(tap, TapLayout) else TapLayout(**tap) for name, tap in self.taps.items()}
+        object.__setattr__(self, "taps", taps)
+        if "block" not in taps:
+            raise LayerFusionError(f"the token layout describes {list(taps)}, but not the blocks' output")
+        for name in taps:
+            _check("module", name, MODULES)
+        _check("reading", self.reading, READINGS)
+        _check("batching", self.batching, BATCHINGS)
+        for name in ("num_prefix_tokens", "num_suffix_tokens"):
+            object.__setattr__(self, name, _per_layer(getattr(self, name), self.num_layers + 1, name))
+        grids = tuple(None if grid is None else (int(grid[0]), int(grid[1])) for grid in self.grids)
+        object.__setattr__(self, "grids", grids or (None,) * (self.num_layers + 1))
+        if self.image_size is not None:
+            object.__setattr__(self, "image_size", (int(self.image_size[0]), int(self.image_size[1])))
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of the last layer."""
+        return len(self.taps["block"].widths) - 1
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of the blocks' output at layers 0 to L."""
+        return self.taps["block"].widths
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether any activation has a CLS token."""
+        return any(self.has_cls_at(layer, module) for layer in range(self.num_layers + 1) for module in self.taps)
+
+    def has_cls_at(self, layer: int, module: str = "block") -> bool:
+        """Whether this activation holds the CLS token."""
+        if self.cls_token is None or self.kind(module) != "tokens":
+            return False
+        return bool((self.num_prefix_tokens if self.cls_token >= 0 else self.num_suffix_tokens)[layer])
+
+    def width(self, layer: int, module: str) -> int:
+        """Width of an activation, 0 if it does not exist."""
+        tap = self.taps.get(module)
+        return tap.widths[layer] if tap is not None and 0 <= layer < len(tap.widths) else 0
+
+    def kind(self, module: str) -> str:
+        return self.taps[module].kind
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that exist in at least one layer, in the order of the data flow."""
+        return tuple(name for name in MODULES if name in self.taps and any(self.taps[name].widths))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON keeps it; `TokenLayout(**values)` reads it back."""
+        return {
+            "taps": {name: {"kind": tap.kind, "widths": list(tap.widths)} for name, tap in self.taps.items()},
+            "num_prefix_tokens": list(self.num_prefix_tokens),
+            "num_suffix_tokens": list(self.num_suffix_tokens),
+            "cls_token": self.cls_token,
+            "grids": [None if grid is None else list(grid) for grid in self.grids],
+            "image_size": None if self.image_size is None else list(self.image_size),
+            "reading": self.reading,
+            "tower": self.tower,
+            "first_hidden_state": self.first_hidden_state,
+            "final_norm": self.final_norm,
+            "attention_in_windows": self.attention_in_windows,
+            "batching": self.batching,
+        }
+
+    @classmethod
+    def of_plain_vit(cls, hidden_size: int, num_layers: int, mlp_size: int | None = None) -> TokenLayout:
+        """A ViT with one CLS token, for configs that were not measured on a model."""
+        inside = {name: (0, *[hidden_size] * num_layers) for name in BLOCK_MODULES}
+        inside |= {name: (0, *[mlp_size or 4 * hidden_size] * num_layers) for name in ("fc1", "activation")}
+        inside["block"] = (hidden_size,) * (num_layers + 1)
+        inside["final_norm"] = (*[0] * num_layers, hidden_size)
+        return cls({name: TapLayout("tokens", widths) for name, widths in inside.items()}, (1,), cls_token=0)
+
+
+def _check(field_name: str, value: str, legal: Sequence[str]) -> None:
+    if value not in legal:
+        raise LayerFusionError(f"token layout {field_name} {value!r} is unknown: use one of {legal}")
+
+
+def _per_layer(values: int | Sequence[int], length: int, name: str) -> tuple[int, ...]:
+    numbers = (values,) if isinstance(values, int) else tuple(int(value) for value in values)
+    if len(numbers) == 1:
+        numbers *= length
+    if len(numbers) != length or min(numbers) < 0:
+        raise LayerFusionError(f"token layout {name} is {numbers}, but there are {length} hidden states")
+    return numbers
