@@ -57,7 +57,7 @@ def find_blocks(backbone: nn.Module, within: str = "") -> list[Block]:
     """The blocks with a norm or an attention, and an MLP, in the order in which the backbone lists them.
 
     Args:
-        within: path of the part of the backbone to look at.
+        within: what the paths of the blocks begin with.
     """
     blocks: list[Block] = []
     for path, module in backbone.named_modules():

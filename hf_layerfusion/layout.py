@@ -50,7 +50,7 @@ class TokenLayout:
         image_size: height and width in pixels that the layout was measured at, the backbone's native size.
         reading: `"blocks"` if each layer is the output of one block, taken by a hook; `"hidden_states"` if layers are
             stages, taken from `output_hidden_states`.
-        tower: path of the part that holds the blocks, where a backbone has several towers in a row.
+        tower: what the blocks' paths begin with, where a backbone has several towers in a row.
         first_hidden_state: position of layer 1 among the hidden states.
         final_norm: path of the norm behind the last block; `None` if there is none that reads its tokens.
         attention_in_windows: attention runs in windows, so its output is taken where it joins the stream: as the first
@@ -86,6 +86,18 @@ class TokenLayout:
             object.__setattr__(self, name, _per_layer(getattr(self, name), self.num_layers + 1, name))
         grids = tuple(None if grid is None else (int(grid[0]), int(grid[1])) for grid in self.grids)
         object.__setattr__(self, "grids", grids or (None,) * (self.num_layers + 1))
+        for name, values in {"grids": self.grids, **{name: tap.widths for name, tap in taps.items()}}.items():
+            if len(values) != self.num_layers + 1:
+                raise LayerFusionError(
+                    f"token layout {name} has {len(values)} entries, but there are {self.num_layers + 1} hidden states"
+                )
+        if self.cls_token is not None and not -max(self.num_suffix_tokens) <= self.cls_token < max(
+            self.num_prefix_tokens
+        ):
+            raise LayerFusionError(
+                f"token layout cls_token is {self.cls_token}, but there are at most {max(self.num_prefix_tokens)} tokens "
+                f"before the patches and {max(self.num_suffix_tokens)} after them"
+            )
         if self.image_size is not None:
             object.__setattr__(self, "image_size", (int(self.image_size[0]), int(self.image_size[1])))
 
@@ -106,7 +118,8 @@ class TokenLayout:
 
     def has_cls_at(self, layer: int, module: str = "block") -> bool:
         """Whether this activation holds the CLS token."""
-        if self.cls_token is None or self.kind(module) != "tokens":
+        tap = self.taps.get(module)
+        if self.cls_token is None or tap is None or tap.kind != "tokens":
             return False
         return bool((self.num_prefix_tokens if self.cls_token >= 0 else self.num_suffix_tokens)[layer])
 

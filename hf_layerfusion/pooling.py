@@ -96,4 +96,9 @@ def _masked_mean(patches: Tensor, mask: Tensor) -> Tensor:
 
 def pad_width(tokens: Tensor, width: int) -> Tensor:
     """Zero-pad `(B, P, d)` to `(B, P, width)`, as the reference does where widths differ."""
+    if tokens.shape[-1] > width:  # a negative padding would crop
+        raise LayerFusionError(
+            f"a token of width {tokens.shape[-1]} does not fit into a bank of width {width}: the backbone is not as it "
+            "was measured"
+        )
     return torch.nn.functional.pad(tokens, (0, width - tokens.shape[-1]))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .anatomy import Block, blocks_by_layer, find_blocks, find_norms
-from .backbones import execution_device
+from .backbones import execution_device, pooler_kwargs
 from .errors import LayerFusionError
 from .layout import TapLayout, TokenLayout
 from .taps import first_tensor, forward_arguments, pooled_vector, run_backbone
@@ -42,13 +42,14 @@ def describe_backbone(
         LayerFusionError: if its layers cannot be read, its layout cannot be told safely, or what is stated contradicts
             what is measured.
     """
-    was_training = backbone.training
+    modes = {module: module.training for module in backbone.modules()}
     backbone.eval()
     try:
         with torch.no_grad():
             return _Probe(backbone, num_prefix_tokens, grid_size).describe()
     finally:
-        backbone.train(was_training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def probe_arguments(backbone: PreTrainedModel) -> dict[str, Tensor]:
@@ -135,6 +136,13 @@ class _Probe:
         self.image_size = None if _is_naflex(self.backbone) else (pixels.shape[-2], pixels.shape[-1])
         self.outputs = self._run()
         hidden = [first_tensor(state) for state in getattr(self.outputs, "hidden_states", None) or ()]
+        seen = [*hidden, *(trace.output for trace in self.traces.values() if trace.output is not None)]
+        if not all(torch.isfinite(state).all() for state in seen):
+            # Nothing equals NaN, so no token would be found to be special.
+            raise LayerFusionError(
+                f"the activations of {self.name} are not finite: look for NaN in its weights, or use another dtype than "
+                f"{self.backbone.dtype}"
+            )
         if getattr(timm_model_of(self.backbone), "num_prefix_tokens", None) is not None:
             hidden = []  # timm hands out maps of the patches; its blocks give all tokens
         return self._describe_blocks(hidden) or self._describe_stages(hidden)
@@ -200,7 +208,7 @@ class _Probe:
 
     def _describe_blocks(self, hidden: list[Tensor]) -> TokenLayout | None:
         """The layout if every layer is the output of one block; `None` if layers are something else."""
-        towers = dict.fromkeys(["", *(block.path.rpartition(".")[0] for block in self.blocks)])
+        towers = dict.fromkeys(["", *(block.path.rpartition(".")[0] + "." for block in self.blocks)])
         for tower in towers:
             traces = [self.traces[block.path] for block in self._blocks_in(tower)]
             if not traces or any(trace.calls != 1 for trace in traces):
@@ -331,21 +339,24 @@ class _Probe:
 
     def _kind_of_maps(self, maps: Sequence[Tensor]) -> str:
         """Which axis holds the channels: the one that does not change when the image does."""
+        pixels = self.inputs["pixel_values"]
+        height, width = pixels.shape[-2:]
         kinds = set()
         for shape in [tuple(layer.shape) for layer in maps]:
-            if shape[1] == shape[2] != shape[3]:
-                kinds.add("channels_last")
-            elif shape[2] == shape[3] != shape[1]:
-                kinds.add("channels_first")
-        if len(kinds) == 1:
+            # Rows and columns are as many as the image's shape demands.
+            is_last, is_first = shape[1] * width == shape[2] * height, shape[2] * width == shape[3] * height
+            if is_last != is_first:
+                kinds.add("channels_last" if is_last else "channels_first")
+        if len(kinds) == 1 and height == width:
             return kinds.pop()
-        pixels = self.inputs["pixel_values"]
         larger = nn.functional.interpolate(pixels[:1], scale_factor=2)
         try:
             outputs = run_backbone(
                 self.backbone, forward_arguments(self.backbone, larger, {}, self.image_size), output_hidden_states=True
             )
         except (RuntimeError, ValueError, LayerFusionError) as error:
+            if len(kinds) == 1:
+                return kinds.pop()
             raise self._unclear(maps, "it is not clear which axis holds the channels") from error
         before, after = maps[-1].shape, first_tensor(outputs.hidden_states[-1]).shape
         fixed = [axis for axis in (1, 3) if before[axis] == after[axis]]
@@ -404,8 +415,19 @@ class _Probe:
                     entering = layer
                 counts.append(self._shared_tokens(_by_image(entering, batching)))
         prefixes, suffixes = (list(numbers) for numbers in zip(*counts, strict=True))
+        if self.stated_prefix is not None and kind != "tokens" and self.stated_prefix != max(prefixes):
+            raise LayerFusionError(
+                f"num_prefix_tokens={self.stated_prefix}, but the layers of {self.name} are maps: leave it out"
+            )
         if self.stated_prefix is not None and kind == "tokens":
             measured = max(prefixes)
+            present = [_by_image(layer, batching) for layer in layers if layer.numel()]
+            num_patches = present[0].shape[1] - measured - max(suffixes)
+            if self.stated_prefix > measured and self._patch_grid(num_patches):
+                raise LayerFusionError(
+                    f"num_prefix_tokens={self.stated_prefix}, but beside the {measured} that were measured the tokens of "
+                    f"{self.name} are the {num_patches} patches of its config: leave it out"
+                )
             if self.stated_prefix < measured:
                 raise LayerFusionError(
                     f"num_prefix_tokens={self.stated_prefix}, but the first {measured} tokens of {self.name} are the "
@@ -457,7 +479,10 @@ class _Probe:
     ) -> tuple[tuple[int, int] | None, ...]:
         if kind != "tokens":
             axes = (1, 2) if kind == "channels_last" else (2, 3)
-            return tuple((layer.shape[axes[0]], layer.shape[axes[1]]) if layer.numel() else None for layer in layers)
+            found = tuple((layer.shape[axes[0]], layer.shape[axes[1]]) if layer.numel() else None for layer in layers)
+            if self.stated_grid is not None and set(found) - {None, self.stated_grid}:
+                raise LayerFusionError(f"grid_size={self.stated_grid}, but the maps of {self.name} are {found}")
+            return found
         is_clip = self.inputs["pixel_values"].ndim == 5
         if is_clip or batching == "windows" or self.backbone.config.model_type in _GROUPING:
             return (None,) * len(layers)
@@ -479,14 +504,9 @@ class _Probe:
                     f"{num_patches} patch tokens beside {num_special} special ones"
                 )
             return self.stated_grid
-        patch = getattr(self.backbone.config, "patch_size", None)
+        if (grid := self._patch_grid(num_patches)) is not None:
+            return grid
         height, width = self.image_size or (1, 1)
-        if isinstance(patch, int):
-            patch = (patch, patch)
-        if isinstance(patch, tuple | list) and len(patch) == 2 and self.image_size:
-            grid = (height // patch[0], width // patch[1])
-            if math.prod(grid) == num_patches:
-                return grid
         # Patches may have been merged since, so any grid of the image's shape will do.
         grid_height = math.isqrt(num_patches * height // width)
         if (
@@ -498,6 +518,16 @@ class _Probe:
         raise self._unclear(
             layers, f"{num_patches} patch tokens beside {num_special} special ones form no grid of the image's shape"
         )
+
+    def _patch_grid(self, num_patches: int) -> tuple[int, int] | None:
+        """The grid that the config's patches form, if they are as many."""
+        patch = getattr(self.backbone.config, "patch_size", None)
+        if isinstance(patch, int):
+            patch = (patch, patch)
+        if not isinstance(patch, tuple | list) or len(patch) != 2 or self.image_size is None:
+            return None
+        grid = (self.image_size[0] // patch[0], self.image_size[1] // patch[1])
+        return grid if math.prod(grid) == num_patches else None
 
     def _final_norm(self, last: Tensor, block: TapLayout, counts: dict[str, Any]) -> str | None:
         """The norm that reads the last layer: all of its tokens, or its CLS token alone, as in CLIP."""
@@ -512,8 +542,12 @@ class _Probe:
 
     def _pooler_width(self) -> int | None:
         pooled = getattr(self.outputs, "pooler_output", None)
-        if not isinstance(pooled, Tensor) or "pooler" in self.backbone._modules:
-            return None  # a `pooler` of the last CLS token is missing and random in many checkpoints
+        pooler = self.backbone._modules.get("pooler")
+        # Poolers that are optional or learned are missing, or random, in many checkpoints.
+        is_optional = bool(pooler_kwargs(self.backbone.config))
+        is_learned = pooler is not None and any(True for _ in pooler.parameters())
+        if not isinstance(pooled, Tensor) or is_optional or is_learned:
+            return None
         vector = pooled_vector(self.outputs)
         return vector.shape[1] if vector.ndim == 2 and len(vector) == BATCH_SIZE else None
 
@@ -575,7 +609,8 @@ def _judge_block(module: nn.Module, block: Block, trace: _Trace) -> dict[str, tu
 
 def _is_residual(residual: Tensor | None, entering: Tensor, leaving: Tensor, seen: dict[str, Tensor]) -> bool:
     """Whether the block's output is this tensor plus a branch, and it is no longer the block's input."""
-    if residual is None or residual.numel() != leaving.numel() or _same(residual, entering):
+    # Equal, not close: beside a few huge values of the stream, a branch is lost in the tolerance of half precision.
+    if residual is None or residual.numel() != leaving.numel() or torch.equal(residual, entering):
         return False
     branch = leaving - residual.reshape(leaving.shape)
     branches = [value for key, value in seen.items() if key.startswith("child ") or key == "fc2 output"]

@@ -74,7 +74,9 @@ def test_nothing_to_explain():
 
 
 def summary_of(num_heads, num_layers):
-    bank = TokenBank.build(range(1, num_layers + 1), ["block"], ["cls", "mean"], TokenLayout.of_plain_vit(8, num_layers))
+    bank = TokenBank.build(
+        range(1, num_layers + 1), ["block"], ["cls", "mean"], TokenLayout.of_plain_vit(8, num_layers)
+    )
     mean = torch.randn(num_heads, len(bank), dtype=torch.float64).softmax(-1)
     return AttentionSummary(bank.names, mean, mean / 4, 17)
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from modeling_helpers import NUM_LAYERS, TINY
+from modeling_helpers import TINY
 from transformers import AutoConfig, Dinov2Config, PreTrainedConfig, ViTConfig
 
 from hf_layerfusion import RECIPES, LayerFusionConfig, LayerFusionError
@@ -176,7 +176,10 @@ BAD_VALUES = {
         {"token_layout": NO_CLS, "modules": ["block", "fc1"]},
         "this backbone has no 'fc1': its modules are block, final_norm",
     ),
-    "width alignment": ({"width_alignment": "crop"}, "width_alignment 'crop' is unknown: choose from ['pad', 'project']"),
+    "width alignment": (
+        {"width_alignment": "crop"},
+        "width_alignment 'crop' is unknown: choose from ['pad', 'project']",
+    ),
     "module twice": ({"modules": ["ln2", "ln2"]}, "modules=['ln2', 'ln2'] names a value twice"),
     "pool": ({"pools": ["max"]}, "pools 'max' is unknown: choose from ['cls', 'mean']"),
     "no pool": ({"pools": []}, "pools is empty"),
@@ -195,7 +198,10 @@ BAD_VALUES = {
         "layers=[1, 2], modules=['final_norm'] and pools=['cls', 'mean'] select no token: layer 0 has only its "
         "'block' output, 'final_norm' and 'pooler' stand at layer 3",
     ),
-    "no token at 0": ({"layers": [0], "modules": ["ln2"]}, "layers=[0], modules=['ln2'] and pools=['cls', 'mean'] select no token"),
+    "no token at 0": (
+        {"layers": [0], "modules": ["ln2"]},
+        "layers=[0], modules=['ln2'] and pools=['cls', 'mean'] select no token",
+    ),
     "attention dropout": ({"attention_dropout": 1.5}, "attention_dropout=1.5 is not a probability: use 0 to 1"),
     "projection dropout": ({"projection_dropout": -0.1}, "projection_dropout=-0.1 is not a probability"),
     "noise probability": ({"noise_probability": float("nan")}, "noise_probability=nan is not a probability"),
@@ -239,7 +245,17 @@ ROUND_TRIPS = {
     },
 }
 COMPARED = (
-    *("recipe", "layers", "modules", "pools", "token_layout", "width_alignment", "token_normalization", "noise_std", "noise_probability"),
+    *(
+        "recipe",
+        "layers",
+        "modules",
+        "pools",
+        "token_layout",
+        "width_alignment",
+        "token_normalization",
+        "noise_std",
+        "noise_probability",
+    ),
     *("head_type", "num_heads", "num_queries", "head_dim_multiplier", "attention_dropout", "projection_dropout"),
     *("head_implementation", "freeze_backbone", "backbone_lr_factor", "class_weights", "num_labels", "id2label"),
     *("label2id", "problem_type", "backbone_name_or_path", "backbone_revision", "backbone_fingerprint"),

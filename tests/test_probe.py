@@ -570,7 +570,7 @@ def test_of_two_towers_the_one_whose_hidden_states_are_returned_is_read():
 
     backbone = randomise(TwoTowers()).eval()
     layout = describe_backbone(backbone, num_prefix_tokens=1)
-    assert (layout.num_layers, layout.tower) == (2, "layers")
+    assert (layout.num_layers, layout.tower) == (2, "layers.")
     with torch.no_grad():
         found = read_taps(backbone, layout, [(0, "block"), (1, "ln1")], lambda _, value: value, images())
         hidden_states = backbone(images(), output_hidden_states=True).hidden_states

@@ -381,7 +381,7 @@ MODULES_THERE = {
     "swin": ALL_POINTS,
     "swinv2": {"fc1", "activation", "fc2", "block", "final_norm"},  # post-norm: its norms stand behind the branches
     "convnext": {"ln2", "fc1", "activation", "fc2", "block", "pooler"},
-    "resnet": {"block"},
+    "resnet": {"block", "pooler"},
 }
 
 
