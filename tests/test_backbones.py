@@ -6,9 +6,11 @@ import shutil
 
 import pytest
 import torch
+from backbone_zoo import tiny_config
 from modeling_helpers import NUM_LAYERS, OTHER_BACKBONES, TABLE_BACKBONES, TINY, images, randomise, tiny_backbone
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModel,
     CLIPConfig,
     CLIPModel,
     CLIPVisionModel,
@@ -119,6 +121,51 @@ def test_of_an_image_text_model_the_vision_tower_is_taken(build, tower_class, tm
     with torch.no_grad():
         outputs, reference = opened(images()), full.vision_model(images())
     assert torch.equal(outputs.last_hidden_state, reference.last_hidden_state)
+
+
+COMPOSITES = {
+    "align": "AlignVisionModel",
+    "blip": "BlipVisionModel",
+    "blip-2": "Blip2VisionModel",
+    "bridgetower": "BridgeTowerVisionModel",
+    "flava": "FlavaImageModel",
+    "git": "GitVisionModel",
+    "groupvit": "GroupViTVisionModel",
+    "llava": "CLIPVisionModel",
+    "mask2former": "SwinModel",
+    "owlvit": "OwlViTVisionModel",
+    "sam": "SamVisionModel",
+    "sam2": "Sam2VisionModel",
+    "siglip2": "Siglip2VisionModel",
+}
+
+
+@pytest.mark.parametrize("model_type", COMPOSITES)
+def test_the_tower_of_a_composite_is_the_same_from_its_folder_and_from_memory(model_type, tmp_path, caplog):
+    torch.manual_seed(0)
+    whole = AutoModel.from_config(tiny_config(model_type)).eval()
+    whole.save_pretrained(tmp_path)
+    opened, held = open_backbone(tmp_path).model, open_backbone(whole).model
+    assert type(opened).__name__ == type(held).__name__ == COMPOSITES[model_type]
+    assert WeightFingerprint.of(opened).difference(WeightFingerprint.of(held)) is None
+    assert "MISSING" not in caplog.text
+    assert len(WeightFingerprint.of(opened).parts) >= 3
+    weights = {parameter.data_ptr() for parameter in whole.parameters()}
+    assert {parameter.data_ptr() for parameter in held.parameters()} <= weights
+
+
+def test_a_composite_without_its_tower_s_weights_is_refused(tmp_path):
+    torch.manual_seed(0)
+    AutoModel.from_config(tiny_config("blip")).save_pretrained(tmp_path / "blip")
+
+    def drop(tensors):
+        for name in [name for name in tensors if name.endswith("encoder.layers.1.mlp.fc1.weight")]:
+            del tensors[name]
+
+    folder = damaged_copy(tmp_path / "blip", tmp_path / "damaged", drop)
+    message = "lacks or misshapes 1 tensors of BlipVisionModel (encoder.layers.1.mlp.fc1.weight)"
+    with pytest.raises(LayerFusionError, match=re.escape(message)):
+        open_backbone(folder)
 
 
 def test_an_instance_is_taken_as_it_is():

@@ -32,6 +32,8 @@ def pixels(model, **options):
     """The backbone's inputs under the names that our forward gives them."""
     given = inputs(model.backbone, **options)
     given["pixel_values"] = given.pop(pixel_argument(model.backbone))
+    if model.backbone.config.model_type == "xclip_vision_model":  # clips here, all of their frames in a row there
+        given["pixel_values"] = given["pixel_values"].unflatten(0, (-1, model.backbone.config.num_frames))
     return given
 
 

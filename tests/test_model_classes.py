@@ -98,15 +98,17 @@ def test_a_config_without_a_tower_inside_is_its_own_vision_config(model_type):
     [
         (ViTForImageClassification, "vit", "ViTModel"),
         (CLIPModel, "clip", "CLIPVisionModel"),
-        (SamModel, "sam", "SamVisionEncoder"),
-        (UperNetForSemanticSegmentation, "upernet", "ResNetBackbone"),
+        (SamModel, "sam", "SamVisionModel"),
+        (UperNetForSemanticSegmentation, "upernet", "ResNetModel"),
     ],
 )
 def test_the_vision_tower_inside_a_model(model_class, model_type, tower):
     model = model_class(tiny_config(model_type))
     found = vision_tower_of(model)
     assert type(found).__name__ == tower
-    assert any(found is module for module in model.modules())
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    assert {parameter.data_ptr() for parameter in found.parameters()} <= weights  # not copies
+    assert not any(tensor.device.type == "meta" for tensor in [*found.parameters(), *found.buffers()])
 
 
 @pytest.mark.parametrize("model", [lambda: build("vit"), lambda: BertModel(tiny_config("bert"))], ids=["vit", "bert"])
