@@ -423,7 +423,7 @@ class _Probe:
             measured = max(prefixes)
             present = [_by_image(layer, batching) for layer in layers if layer.numel()]
             num_patches = present[0].shape[1] - measured - max(suffixes)
-            if self.stated_prefix > measured and self._patch_grid(num_patches):
+            if self.stated_prefix > measured and num_patches == math.prod(self._patches_of_config() or (0,)):
                 raise LayerFusionError(
                     f"num_prefix_tokens={self.stated_prefix}, but beside the {measured} that were measured the tokens of "
                     f"{self.name} are the {num_patches} patches of its config: leave it out"
@@ -504,30 +504,27 @@ class _Probe:
                     f"{num_patches} patch tokens beside {num_special} special ones"
                 )
             return self.stated_grid
-        if (grid := self._patch_grid(num_patches)) is not None:
-            return grid
+        patches = self._patches_of_config()
+        if patches is not None and math.prod(patches) == num_patches:
+            return patches
         height, width = self.image_size or (1, 1)
-        # Patches may have been merged since, so any grid of the image's shape will do.
-        grid_height = math.isqrt(num_patches * height // width)
-        if (
-            grid_height
-            and num_patches % grid_height == 0
-            and grid_height * width == num_patches // grid_height * height
-        ):
-            return (grid_height, num_patches // grid_height)
+        # Patches may have been merged since, so any smaller grid of the image's shape will do.
+        grid = (math.isqrt(num_patches * height // width), math.isqrt(num_patches * width // height))
+        is_merged = patches is None or num_patches < math.prod(patches)
+        if is_merged and math.prod(grid) == num_patches and grid[0] * width == grid[1] * height:
+            return grid
         raise self._unclear(
             layers, f"{num_patches} patch tokens beside {num_special} special ones form no grid of the image's shape"
         )
 
-    def _patch_grid(self, num_patches: int) -> tuple[int, int] | None:
-        """The grid that the config's patches form, if they are as many."""
+    def _patches_of_config(self) -> tuple[int, int] | None:
+        """The grid of patches that the config asks for, if it says how large they are."""
         patch = getattr(self.backbone.config, "patch_size", None)
         if isinstance(patch, int):
             patch = (patch, patch)
         if not isinstance(patch, tuple | list) or len(patch) != 2 or self.image_size is None:
             return None
-        grid = (self.image_size[0] // patch[0], self.image_size[1] // patch[1])
-        return grid if math.prod(grid) == num_patches else None
+        return self.image_size[0] // patch[0], self.image_size[1] // patch[1]
 
     def _final_norm(self, last: Tensor, block: TapLayout, counts: dict[str, Any]) -> str | None:
         """The norm that reads the last layer: all of its tokens, or its CLS token alone, as in CLIP."""
