@@ -123,26 +123,25 @@ def main() -> None:
     if data_args.balance_classes:
         model.config.class_weights = class_weights(splits["train"][label_column][:], model.config.num_labels)
 
-    # From pixels, or from features that the main process extracts while the others wait.
+    # From pixels, or from features, of which each process extracts its share.
     if data_args.train_from_pixels:
         training_args.remove_unused_columns = False
         datasets = {split: rows.cast_column(image_column, Image(decode=False)) for split, rows in splits.items()}
         collator = ImageCollator(model.image_processor, image_column, label_column, model.config.num_labels)
     else:
         folder = Path(data_args.features_dir or Path(training_args.output_dir, "features"))
-        with training_args.main_process_first(local=False, desc="extracting features"):
-            datasets = {
-                split: extract_features(
-                    model.to(training_args.device),
-                    splits[split],
-                    folder / split,
-                    image_column=image_column,
-                    label_column=label_column,
-                    batch_size=data_args.extraction_batch_size,
-                    progress=training_args.should_log,
-                )
-                for split in ("train", "test")
-            }
+        datasets = {
+            split: extract_features(
+                model.to(training_args.device),
+                splits[split],
+                folder / split,
+                image_column=image_column,
+                label_column=label_column,
+                batch_size=data_args.extraction_batch_size,
+                progress=training_args.should_log,
+            )
+            for split in ("train", "test")
+        }
         collator = LayerFeatureCollator(len(model.config.bank), model.config.num_labels)
 
     if training_args.should_log:

@@ -6,40 +6,69 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..bank import TokenBank
 from ..errors import LayerFusionError
 
 MANIFEST_NAME = "features.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STORAGE_DTYPES = ("float16", "float32")
 
 
 @dataclass
 class Shard:
-    """One Arrow file: `rows` rows in dataset order."""
+    """One Arrow file: the rows `index * rows_per_shard` and following of the dataset, in its order.
 
-    file: str
+    Attributes:
+        index: which shard it is.
+        rows: how many rows it holds; fewer than planned where images were skipped.
+        num_bytes: size of the file.
+        sha256: of the file.
+        skipped: `{"row", "path", "reason"}` of each image that could not be read.
+    """
+
+    index: int
     rows: int
     num_bytes: int
     sha256: str
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def file(self) -> str:
+        return shard_file(self.index)
+
+
+def shard_file(index: int) -> str:
+    return f"features-{index:05d}.arrow"
+
+
+def record_file(index: int) -> str:
+    """Beside a shard until the cache is complete: several processes write shards, and none of them waits."""
+    return f"features-{index:05d}.json"
 
 
 @dataclass
 class Manifest:
-    """The cache's table of contents, written anew after every shard.
+    """The cache's table of contents.
+
+    `features.json` holds it; while processes extract, each finished shard has a record in a file of its own, and the
+    last act is to gather them.
 
     Attributes:
         bank: coordinates of the tokens, `TokenBank.to_list()`.
         hidden_size: D.
         dtype: of the stored tokens, `"float16"` or `"float32"`.
-        num_rows: rows of the finished cache.
+        num_rows: rows of the dataset.
+        rows_per_shard: rows of the dataset per shard, except the last.
         label_names: class names in order, `None` if the labels have none.
         ingredients: everything that shaped the tokens, as nested JSON; a cache is used only if all of it matches.
-        shards: the whole shards so far.
+        shards: the whole shards so far, by index.
         format_version: of this layout of files.
     """
 
@@ -47,6 +76,7 @@ class Manifest:
     hidden_size: int
     dtype: str
     num_rows: int
+    rows_per_shard: int
     label_names: list[str] | None
     ingredients: dict[str, Any]
     shards: list[Shard] = field(default_factory=list)
@@ -57,25 +87,57 @@ class Manifest:
         return TokenBank.from_list(self.bank)
 
     @property
-    def rows_done(self) -> int:
-        return sum(shard.rows for shard in self.shards)
+    def num_shards(self) -> int:
+        return -(-self.num_rows // self.rows_per_shard)
+
+    @property
+    def missing_shards(self) -> list[int]:
+        done = {shard.index for shard in self.shards}
+        return [index for index in range(self.num_shards) if index not in done]
 
     @property
     def is_complete(self) -> bool:
-        return self.rows_done == self.num_rows
+        return not self.missing_shards
+
+    @property
+    def rows_done(self) -> int:
+        """Rows of the dataset that are extracted or skipped."""
+        return sum(shard.rows + len(shard.skipped) for shard in self.shards)
+
+    @property
+    def skipped(self) -> list[dict[str, Any]]:
+        """`{"row", "path", "reason"}` of every image that could not be read."""
+        return [entry for shard in self.shards for entry in shard.skipped]
+
+    @property
+    def source_rows(self) -> np.ndarray:
+        """For each row of a finished cache, its row in the dataset."""
+        return np.setdiff1d(np.arange(self.num_rows), [entry["row"] for entry in self.skipped])
+
+    def rows_of(self, index: int) -> range:
+        """The dataset's rows of one shard."""
+        start = index * self.rows_per_shard
+        return range(start, min(start + self.rows_per_shard, self.num_rows))
 
     def save(self, folder: Path) -> None:
-        """Write under a temporary name, then rename: the manifest is whole or absent."""
-        staged = folder / f"{MANIFEST_NAME}.tmp"
-        with open(staged, "w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(folder / MANIFEST_NAME)
+        write_json(folder / MANIFEST_NAME, asdict(self))
+
+    def add(self, folder: Path, shard: Shard) -> None:
+        """Record a shard whose file is in place."""
+        if not (folder / MANIFEST_NAME).exists():
+            self.save(folder)  # the same from every process
+        write_json(folder / record_file(shard.index), asdict(shard))
+        self.shards = sorted([*self.shards, shard], key=lambda shard: shard.index)
+
+    def gather(self, folder: Path) -> None:
+        """Write the records of all shards into the manifest, then remove them."""
+        self.save(folder)
+        for shard in self.shards:
+            (folder / record_file(shard.index)).unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Read and check a manifest.
+        """Read and check a manifest, with the records that were not gathered yet.
 
         Raises:
             LayerFusionError: if there is none, it is damaged, or of another format.
@@ -86,13 +148,23 @@ class Manifest:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             version = values["format_version"]
+            if version != FORMAT_VERSION:
+                raise LayerFusionError(
+                    f"{path} has format {version}, but this version reads format {FORMAT_VERSION}: extract again"
+                )
             manifest = cls(**{**values, "shards": [Shard(**shard) for shard in values["shards"]]})
+            for index in manifest.missing_shards:
+                record = folder / record_file(index)
+                with suppress(FileNotFoundError):  # not extracted yet, or gathered since the manifest was read
+                    manifest.shards.append(Shard(**json.loads(record.read_text(encoding="utf-8"))))
+            manifest.shards.sort(key=lambda shard: shard.index)
+        except LayerFusionError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise LayerFusionError(f"{path} is damaged ({error!r}): extract the features again") from error
-        if version != FORMAT_VERSION:
-            raise LayerFusionError(
-                f"{path} has format {version}, but this version reads format {FORMAT_VERSION}: extract again"
-            )
+        indices = [shard.index for shard in manifest.shards]
+        if len(set(indices)) != len(indices) or not set(indices) <= set(range(manifest.num_shards)):
+            raise LayerFusionError(f"{path} is damaged (its shards are {indices[:5]}...): extract the features again")
         return manifest
 
     def check_files(self, folder: Path, checksums: bool = False) -> None:
@@ -102,19 +174,44 @@ class Manifest:
             LayerFusionError: naming the first shard that is not as it was written.
         """
         for shard in self.shards:
-            path = folder / shard.file
-            if Path(shard.file).name != shard.file or not path.is_file():
-                raise LayerFusionError(f"shard {shard.file} of the feature cache {folder} is missing: extract again")
-            size = path.stat().st_size
-            if size != shard.num_bytes:
+            if (problem := problem_of(shard, folder, checksums)) is not None:
                 raise LayerFusionError(
-                    f"shard {path} has {size} bytes instead of {shard.num_bytes}: it is truncated or was changed; "
-                    "delete the cache and extract again"
+                    f"{problem}. Delete the file and run the same extraction again: it redoes this shard only"
                 )
-            if checksums and sha256_of(path) != shard.sha256:
-                raise LayerFusionError(
-                    f"shard {path} does not have the checksum it was written with: delete the cache and extract again"
-                )
+
+    def drop_damaged(self, folder: Path) -> list[str]:
+        """Forget shards that are missing or have another size, so that they are done again; what was wrong, in words."""
+        problems = {shard.index: problem_of(shard, folder) for shard in self.shards}
+        self.shards = [shard for shard in self.shards if problems[shard.index] is None]
+        damaged = [problem for problem in problems.values() if problem is not None]
+        if damaged:
+            self.save(folder)
+            for index in self.missing_shards:
+                (folder / record_file(index)).unlink(missing_ok=True)
+        return damaged
+
+
+def problem_of(shard: Shard, folder: Path, checksums: bool = False) -> str | None:
+    """What is wrong with a shard's file, in words; `None` if nothing is."""
+    path = folder / shard.file
+    if not path.is_file():
+        return f"shard {shard.file} of the feature cache {folder} is missing"
+    size = path.stat().st_size
+    if size != shard.num_bytes:
+        return f"shard {path} has {size} bytes instead of {shard.num_bytes}: it is truncated or was changed"
+    if checksums and sha256_of(path) != shard.sha256:
+        return f"shard {path} does not have the checksum it was written with"
+    return None
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write under a temporary name, then rename: a file is whole or absent, whoever else writes it."""
+    staged = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(staged, "w", encoding="utf-8") as file:
+        json.dump(values, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    staged.replace(path)
 
 
 def sha256_of(path: Path) -> str:

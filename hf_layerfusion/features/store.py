@@ -66,12 +66,13 @@ class LayerFeatures(torch.utils.data.Dataset):
         if not manifest.is_complete:
             raise LayerFusionError(
                 f"the feature cache {folder} is unfinished: {manifest.rows_done} of {manifest.num_rows} rows. "
-                "Run the same extraction again, it goes on where it stopped"
+                "Run the same extraction again, it does the rest"
             )
         manifest.check_files(folder, checksums=verify)
         dataset = concatenate_datasets([Dataset.from_file(str(folder / shard.file)) for shard in manifest.shards])
-        if len(dataset) != manifest.num_rows:
-            raise LayerFusionError(f"the shards of {folder} hold {len(dataset)} rows instead of {manifest.num_rows}")
+        expected = manifest.num_rows - len(manifest.skipped)
+        if len(dataset) != expected:
+            raise LayerFusionError(f"the shards of {folder} hold {len(dataset)} rows instead of {expected}")
         return cls(dataset, manifest)
 
     @property
@@ -109,6 +110,11 @@ class LayerFeatures(torch.utils.data.Dataset):
     def fingerprint(self) -> dict[str, Any]:
         """Everything that shaped the tokens."""
         return self.manifest.ingredients
+
+    @property
+    def source_rows(self) -> np.ndarray:
+        """For each row in view, its row in the dataset that was extracted: images may have been skipped."""
+        return self.manifest.source_rows[self._rows]
 
     def __len__(self) -> int:
         return len(self._rows)
