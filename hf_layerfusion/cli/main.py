@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from ..errors import LayerFusionError
 from ..version import __version__
-from . import evaluate, explain, extract, info, predict, train
+from . import cache, evaluate, explain, extract, info, predict, train
 
-COMMANDS = (info, extract, train, evaluate, predict, explain)
+COMMANDS = (info, extract, cache, train, evaluate, predict, explain)
 
 EPILOG = """\
 a first session:

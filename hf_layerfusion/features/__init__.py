@@ -2,5 +2,6 @@
 
 from .extract import extract_features
 from .store import LayerFeatures
+from .views import EpochViews
 
-__all__ = ["LayerFeatures", "extract_features"]
+__all__ = ["EpochViews", "LayerFeatures", "extract_features"]

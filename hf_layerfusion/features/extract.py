@@ -7,7 +7,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -19,19 +19,18 @@ import pyarrow as pa
 import torch
 import transformers
 from accelerate import PartialState
-from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
+from datasets.fingerprint import Hasher
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..backbones import execution_device
 from ..bank import TokenBank
-from ..configuration_layer_fusion import LayerFusionConfig
-from ..data import find_image_column, find_label_column
 from ..errors import LayerFusionError
-from ..images import check_images, decode_image, describe_row, process_image, stack_images
+from ..images import augment_image
 from .manifest import MANIFEST_NAME, STORAGE_DTYPES, Manifest, Shard, describe_difference, sha256_of, shard_file
+from .source import Augmentation, Batch, Reader, StreamSource, TableSource
 from .store import FEATURES_COLUMN, LABEL_COLUMN, LayerFeatures
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ _POLL_SECONDS = 0.25
 
 def extract_features(
     model: ViTForAttentiveLayerFusionClassification,
-    dataset: Dataset,
+    dataset: Dataset | IterableDataset,
     output_dir: str | Path,
     *,
     image_column: str = "image",
@@ -54,11 +53,17 @@ def extract_features(
     batch_size: int = 32,
     num_workers: int = 0,
     dtype: str = "float16",
+    autocast: str | None = None,
     rows_per_shard: int = 1024,
+    views: int = 1,
+    augment: Augmentation | None = None,
+    seed: int = 0,
     on_error: str = "raise",
     max_skipped: float = 0.01,
     overwrite: bool = False,
     progress: bool = True,
+    num_rows: int | None = None,
+    fingerprint: str | None = None,
     process_index: int | None = None,
     num_processes: int | None = None,
     **backbone_kwargs: Any,
@@ -74,7 +79,8 @@ def extract_features(
 
     Args:
         model: holds the backbone; its head plays no part.
-        dataset: a `datasets.Dataset` with an image column. Rows keep their order.
+        dataset: a `datasets.Dataset` with an image column, or a stream of rows (`load_dataset(..., streaming=True)`).
+            Rows keep their order.
         output_dir: folder of the cache.
         image_column: column of images (files, bytes or `PIL` images).
         label_column: column of class indices, floats, or lists of floats; `None` for no labels.
@@ -83,13 +89,20 @@ def extract_features(
         batch_size: images per forward pass.
         num_workers: processes that decode and preprocess images.
         dtype: of the stored tokens, `"float16"` or `"float32"`.
+        autocast: dtype that the backbone computes in under `torch.autocast`, such as `"bfloat16"`; by default its own.
         rows_per_shard: rows of the dataset per Arrow file, which is what a kill may cost. A cache that was begun keeps
             its own.
+        views: how many augmented views of each image to extract; [`EpochViews`] trains on one of them per epoch.
+        augment: turns an image into an augmented one, with the randomness of a numpy generator; by default
+            [`augment_image`] if there are several views, and nothing if there is one.
+        seed: of the augmentation; each row has a generator of its own.
         on_error: `"raise"` stops at an image that cannot be read, before the backbone runs; `"skip"` leaves it out, and
             notes its row, path and reason (`features.manifest.skipped`).
         max_skipped: with `"skip"`, the share of the rows beyond which extraction stops after all.
         overwrite: replace a cache that does not match.
         progress: show progress bars, on the first process only.
+        num_rows: of a stream, how many rows to take.
+        fingerprint: of a stream, a name for the data and its version.
         process_index: which share of the shards this process does; by default accelerate's.
         num_processes: how many shares there are; `1` where one process extracts while others wait for it, as under
             `main_process_first`.
@@ -103,7 +116,7 @@ def extract_features(
             head, unreadable images, or a cache of something else; during it for tokens that are not finite, and for too
             many skipped images.
     """
-    if not isinstance(dataset, Dataset):
+    if not isinstance(dataset, Dataset | IterableDataset):
         raise LayerFusionError(
             f"extract_features takes one datasets.Dataset, not a {type(dataset).__name__}: "
             "choose a split, such as dataset['train']"
@@ -111,31 +124,38 @@ def extract_features(
     output_dir = Path(output_dir)
     processor: Any = image_processor or model.image_processor
     bank = bank or model.config.bank
-    _check_request(dataset, image_column, label_column, processor, dtype, on_error)
-    labels, label_feature = _checked_labels(dataset, label_column, model.config)
+    _check_request(processor, dtype, autocast, on_error, views)
+    source: TableSource | StreamSource
+    if isinstance(dataset, IterableDataset):
+        if views > 1:
+            raise LayerFusionError("a stream is read once: several views need a datasets.Dataset")
+        source = StreamSource(dataset, image_column, label_column, model.config, num_rows, fingerprint)
+    else:
+        source = TableSource(dataset, image_column, label_column, model.config)
     share = _share(process_index, num_processes)
+    if augment is None and views > 1:
+        augment = augment_image
     manifest = Manifest(
         bank=bank.to_list(),
         hidden_size=bank.width(model.config.layout),
         dtype=dtype,
-        num_rows=len(dataset),
+        num_rows=source.num_images * views,
+        num_views=views,
         rows_per_shard=rows_per_shard,
-        label_names=label_feature.names if isinstance(label_feature, ClassLabel) else None,
+        label_names=source.label_feature.names if isinstance(source.label_feature, ClassLabel) else None,
         ingredients={
             "backbone": dict(model.config.backbone_fingerprint or {"digest": "unknown"}, parts=None),
             "token_layout": model.config.token_layout,
             "bank": bank.to_list(),
             "processor": _plain(processor.to_dict()),
             "dtype": dtype,
+            "autocast": autocast,
             "backbone_kwargs": _plain(backbone_kwargs),
             "on_error": on_error,
+            "views": views,
+            "augmentation": None if augment is None else {"function": Hasher.hash(augment), "seed": seed},
             "versions": _versions(),
-            "dataset": {
-                "fingerprint": dataset._fingerprint,
-                "rows": len(dataset),
-                "image_column": image_column,
-                "label_column": label_column,
-            },
+            "dataset": source.identity,
         },
     )
     manifest = _resume(output_dir, manifest, overwrite, share)
@@ -143,36 +163,30 @@ def extract_features(
         logger.info(f"reusing the features in {output_dir}")
         return LayerFeatures.open(output_dir)
     shards = manifest.missing_shards[share.index :: share.count]
-    images = dataset.select_columns([image_column]).cast_column(image_column, Image(decode=False))
     is_shown = progress and share.index == 0
+    rows_of_shards = {index: manifest.rows_of(index) for index in shards}
     if on_error == "raise":
-        for index in shards:
-            rows = manifest.rows_of(index)
-            check_images(images.select(rows)[image_column], first_row=rows.start, progress=is_shown)
-    batches = [
-        (index, rows[start : start + batch_size])
-        for index in shards
-        for rows in [manifest.rows_of(index)]
+        source.check([row for rows in rows_of_shards.values() for row in rows], is_shown)
+    plan = [
+        (index, list(rows[start : start + batch_size]))
+        for index, rows in rows_of_shards.items()
         for start in range(0, len(rows), batch_size)
     ]
-    loader = DataLoader(
-        _DecodedImages(images, image_column, processor, skips=on_error == "skip"),
-        batch_sampler=[list(rows) for _, rows in batches],
-        num_workers=num_workers,
-        collate_fn=_collate,
-        pin_memory=model.device.type == "cuda",
-    )
-    num_rows = sum(len(rows) for _, rows in batches)
-    with tqdm(total=num_rows, desc="extracting", unit="image", delay=2, disable=not is_shown) as bar:
-        parts = zip(batches, _extract(model, loader, bank, manifest, backbone_kwargs, bar), strict=True)
-        for index, group in groupby(parts, key=lambda part: part[0][0]):
-            extracted = [part for _, part in group]
-            skipped = [entry for part in extracted for entry in part.skipped]
+    reader = Reader(processor, augment, seed, skips=on_error == "skip")
+    batches = source.batches([rows for _, rows in plan], reader, num_workers, model.device.type == "cuda")
+    total = sum(len(rows) for _, rows in plan)
+    with tqdm(total=total, desc="extracting", unit="image", delay=2, disable=not is_shown) as bar:
+        computed = _extract(model, batches, bank, manifest, autocast, backbone_kwargs, bar)
+        extracted = zip(plan, computed, strict=True)
+        for index, group in groupby(extracted, key=lambda item: item[0][0]):
+            parts = [part for _, part in group]
+            skipped = [asdict(image) for batch, _ in parts for image in batch.unreadable]
             _check_skipped(manifest, skipped, max_skipped)
-            tokens = torch.cat([part.tokens for part in extracted])
-            kept = [row for part in extracted for row in part.rows]
-            shard_labels = None if labels is None else labels[kept]
-            manifest.add(output_dir, _write_shard(output_dir, index, tokens, shard_labels, label_feature, skipped))
+            tokens = torch.cat([tokens for _, tokens in parts])
+            labels = [batch.labels for batch, _ in parts if batch.labels is not None]
+            shard_labels = np.concatenate(labels) if labels else None
+            shard = _write_shard(output_dir, index, tokens, shard_labels, source.label_feature, skipped)
+            manifest.add(output_dir, shard)
     return _finish(output_dir, share)
 
 
@@ -208,76 +222,35 @@ def _finish(folder: Path, share: _Share) -> LayerFeatures:
     return LayerFeatures.open(folder)
 
 
-@dataclass
-class _Unreadable:
-    """An image that could not be read, in the place of its pixels."""
-
-    row: int
-    path: str | None
-    reason: str
-
-
-class _DecodedImages(torch.utils.data.Dataset):
-    """Inputs of the backbone for one image at a time, so that worker processes do the decoding."""
-
-    def __init__(self, images: Dataset, image_column: str, processor: Any, skips: bool):
-        self.images, self.image_column, self.processor, self.skips = images, image_column, processor, skips
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, row: int) -> tuple[int, dict[str, Tensor] | _Unreadable]:
-        value = self.images[row][self.image_column]
-        try:
-            image = decode_image(value, describe_row(row, value))
-        except LayerFusionError as error:
-            if not self.skips:
-                raise
-            path = value.get("path") if isinstance(value, dict) else None
-            return row, _Unreadable(row, path, str(error))
-        return row, process_image(self.processor, image)
-
-
-def _collate(items: list[tuple[int, dict[str, Tensor] | _Unreadable]]) -> tuple[list[int], dict, list[_Unreadable]]:
-    """The rows that could be read, their stacked inputs, and those that could not."""
-    readable = [(row, value) for row, value in items if not isinstance(value, _Unreadable)]
-    unreadable = [value for _, value in items if isinstance(value, _Unreadable)]
-    inputs = stack_images([value for _, value in readable]) if readable else {}
-    return [row for row, _ in readable], inputs, unreadable
-
-
-@dataclass
-class _Extracted:
-    """One batch's tokens `(B, N, D)`, the dataset's rows they belong to, and the rows left out."""
-
-    tokens: Tensor
-    rows: list[int]
-    skipped: list[dict[str, Any]]
-
-
 def _extract(
     model: ViTForAttentiveLayerFusionClassification,
-    loader: DataLoader,
+    batches: Iterable[Batch],
     bank: TokenBank,
     manifest: Manifest,
+    autocast: str | None,
     backbone_kwargs: dict[str, Any],
     bar: tqdm,
-) -> Iterator[_Extracted]:
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Each batch with its tokens `(B, N, D)`, on the CPU and in the dtype of the cache."""
     storage = getattr(torch, manifest.dtype)
     was_training = model.training
     model.eval()
     device = execution_device(model.backbone)
     try:
-        for rows, inputs, unreadable in loader:
+        for batch in batches:
             stored = torch.empty(0, len(bank), manifest.hidden_size, dtype=storage)
-            if rows:
-                inputs = {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
-                with torch.inference_mode():
+            if batch.rows:
+                inputs = {name: value.to(device, non_blocking=True) for name, value in batch.inputs.items()}
+                lower = torch.autocast(
+                    device.type, getattr(torch, autocast or "float32"), enabled=autocast is not None
+                )
+                with torch.inference_mode(), lower:
                     computed = model.extract_layer_features(**inputs, bank=bank, **backbone_kwargs)
                 stored = computed.to(storage).cpu()
-                _check_finite(stored, computed, rows, bank, manifest.dtype)
-            bar.update(len(rows) + len(unreadable))
-            yield _Extracted(stored, rows, [asdict(image) for image in unreadable])
+                _check_finite(stored, computed, batch.rows, bank, manifest.dtype)
+            batch.inputs = {}
+            bar.update(len(batch.rows) + len(batch.unreadable))
+            yield batch, stored
     finally:
         model.train(was_training)
 
@@ -374,52 +347,17 @@ def _versions() -> dict[str, str]:
     return {name: ".".join(package.__version__.split(".")[:2]) for name, package in packages.items()}
 
 
-def _check_request(
-    dataset: Dataset, image_column: str, label_column: str | None, processor: Any, dtype: str, on_error: str
-) -> None:
+def _check_request(processor: Any, dtype: str, autocast: str | None, on_error: str, views: int) -> None:
     if on_error not in ("raise", "skip"):
         raise LayerFusionError(f"on_error={on_error!r}: use 'raise' or 'skip'")
+    if autocast not in (None, "bfloat16", "float16"):
+        raise LayerFusionError(f"autocast={autocast!r}: use 'bfloat16', 'float16' or None")
+    if views < 1:
+        raise LayerFusionError(f"views={views}: use 1 or more")
     if dtype not in STORAGE_DTYPES:
         raise LayerFusionError(f"dtype {dtype!r} cannot be stored: choose from {STORAGE_DTYPES}")
-    find_image_column(dataset, image_column)
-    if label_column is not None:
-        find_label_column(dataset, label_column)
-    if len(dataset) == 0:
-        raise LayerFusionError("the dataset is empty")
     if processor is None:
         raise LayerFusionError("no image processor came with the backbone: pass image_processor=")
-
-
-def _checked_labels(
-    dataset: Dataset, label_column: str | None, config: LayerFusionConfig
-) -> tuple[np.ndarray | None, Any]:
-    """The labels as an array, and the `datasets` feature that describes them."""
-    if label_column is None:
-        return None, None
-    num_labels, feature = config.num_labels, dataset.features[label_column]
-    labels = np.asarray(dataset.select_columns([label_column]).with_format(None)[label_column][:])
-    if labels.dtype.kind in "OUS":
-        raise LayerFusionError(
-            f"label column {label_column!r} holds {feature}: turn it into class indices with "
-            f"dataset.class_encode_column({label_column!r})"
-        )
-    if isinstance(feature, ClassLabel) and feature.num_classes != num_labels:
-        raise LayerFusionError(
-            f"the dataset has {feature.num_classes} classes, but the head has num_labels={num_labels}: "
-            "pass id2label or num_labels of the dataset to from_backbone"
-        )
-    if labels.dtype.kind in "iub" and labels.ndim == 1 and config.problem_type != "regression":
-        bad = np.flatnonzero((labels < 0) | (labels >= num_labels))
-        if len(bad):
-            raise LayerFusionError(
-                f"row {bad[0]} has label {labels[bad[0]]}, but the head has num_labels={num_labels}: "
-                f"labels must be 0 to {num_labels - 1}"
-            )
-        return labels.astype(np.int64), feature if isinstance(feature, ClassLabel) else Value("int64")
-    if labels.ndim == 2 and labels.shape[1] != num_labels:
-        raise LayerFusionError(f"rows have {labels.shape[1]} labels, but the head has num_labels={num_labels}")
-    is_row = labels.ndim == 2
-    return labels.astype(np.float32), List(Value("float32"), length=labels.shape[1]) if is_row else Value("float32")
 
 
 def _plain(values: Any) -> Any:

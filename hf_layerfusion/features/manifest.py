@@ -64,8 +64,9 @@ class Manifest:
         bank: coordinates of the tokens, `TokenBank.to_list()`.
         hidden_size: D.
         dtype: of the stored tokens, `"float16"` or `"float32"`.
-        num_rows: rows of the dataset.
-        rows_per_shard: rows of the dataset per shard, except the last.
+        num_rows: rows of the dataset, times the views.
+        rows_per_shard: of those per shard, except the last.
+        num_views: augmented views per image; row `v * images + i` is view v of image i.
         label_names: class names in order, `None` if the labels have none.
         ingredients: everything that shaped the tokens, as nested JSON; a cache is used only if all of it matches.
         shards: the whole shards so far, by index.
@@ -79,12 +80,17 @@ class Manifest:
     rows_per_shard: int
     label_names: list[str] | None
     ingredients: dict[str, Any]
+    num_views: int = 1
     shards: list[Shard] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
 
     @property
     def token_bank(self) -> TokenBank:
         return TokenBank.from_list(self.bank)
+
+    @property
+    def num_images(self) -> int:
+        return self.num_rows // self.num_views
 
     @property
     def num_shards(self) -> int:

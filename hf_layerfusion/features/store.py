@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import re
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
+from huggingface_hub import HfApi, snapshot_download
 from torch import Tensor
 
 from ..bank import TokenBank
 from ..errors import LayerFusionError
-from .manifest import Manifest
+from .manifest import MANIFEST_NAME, Manifest
 
 FEATURES_COLUMN = "layer_features"
 LABEL_COLUMN = "label"
+
+# Shards that are shuffled together: more mix better, fewer are read more nearly in sequence.
+CHUNKS_AT_ONCE = 8
 
 
 class LayerFeatures(torch.utils.data.Dataset):
@@ -38,9 +45,11 @@ class LayerFeatures(torch.utils.data.Dataset):
         manifest: Manifest,
         bank: TokenBank | None = None,
         rows: np.ndarray | None = None,
+        folder: Path | None = None,
     ):
         self.manifest = manifest
         self.bank = manifest.token_bank if bank is None else bank
+        self.folder = folder
         self._dataset = dataset
         self._rows = np.arange(len(dataset)) if rows is None else np.asarray(rows, dtype=np.int64)
         self._tokens = manifest.token_bank.positions_of(self.bank)
@@ -51,16 +60,19 @@ class LayerFeatures(torch.utils.data.Dataset):
         self.labels = _read_labels(dataset)[self._rows] if has_labels else None
 
     @classmethod
-    def open(cls, folder: str | Path, *, verify: bool = False) -> LayerFeatures:
+    def open(cls, folder: str | Path, *, verify: bool = False, **hub_options: Any) -> LayerFeatures:
         """Open a finished cache.
 
         Args:
-            folder: what `extract_features` wrote to.
+            folder: what `extract_features` wrote to, or the Hub id of a dataset repository that `push_to_hub` filled.
             verify: also compare every shard's checksum, which reads all of it.
+            hub_options: for `snapshot_download` (`revision`, `token`, `cache_dir`, `local_files_only`).
 
         Raises:
-            LayerFusionError: if the cache is unfinished, truncated or foreign.
+            LayerFusionError: if the cache is unfinished, truncated or foreign, or cannot be reached.
         """
+        if not Path(folder).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+            folder = _download(str(folder), hub_options)
         folder = Path(folder)
         manifest = Manifest.load(folder)
         if not manifest.is_complete:
@@ -73,7 +85,59 @@ class LayerFeatures(torch.utils.data.Dataset):
         expected = manifest.num_rows - len(manifest.skipped)
         if len(dataset) != expected:
             raise LayerFusionError(f"the shards of {folder} hold {len(dataset)} rows instead of {expected}")
-        return cls(dataset, manifest)
+        # Carried along by `select`, `train_test_split` and `save_to_disk`; see `from_dataset`.
+        dataset.info.description = json.dumps({"layer_features": asdict(manifest) | {"shards": []}})
+        return cls(dataset, manifest, folder=folder)
+
+    @classmethod
+    def from_dataset(cls, dataset: Dataset, like: LayerFeatures | None = None) -> LayerFeatures:
+        """Features from the `.dataset` of a cache, after `select`, `train_test_split`, `load_from_disk` and the like.
+
+        Args:
+            dataset: with the flat column `layer_features` of the whole bank.
+            like: says what the tokens are where the dataset lost it, as after `datasets`' own `push_to_hub`.
+
+        Raises:
+            LayerFusionError: if it has no such column, or does not say what its tokens are.
+        """
+        if FEATURES_COLUMN not in dataset.column_names or dataset.format["type"] == "custom":
+            raise LayerFusionError(f"the dataset has no flat column {FEATURES_COLUMN!r} of a whole bank")
+        if like is not None:
+            manifest = like.manifest
+        else:
+            try:
+                manifest = Manifest(**json.loads(dataset.info.description)["layer_features"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise LayerFusionError(
+                    "the dataset does not say which tokens it holds: pass the features it came from as like="
+                ) from error
+        plain = dataset.with_format(None)
+        return cls(plain.flatten_indices() if plain._indices is not None else plain, manifest)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **options: Any
+    ) -> str:
+        """Upload the cache's files to a dataset repository, in one commit.
+
+        Args:
+            options: for `HfApi.upload_folder` (`commit_message`, `revision`, `create_pr`).
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            LayerFusionError: for features that are not a whole cache.
+        """
+        if self.folder is None or not self._takes_all_tokens or len(self) != len(self._dataset):
+            raise LayerFusionError("only a whole cache can be pushed: push it before selecting rows or tokens")
+        api = HfApi(token=token)
+        repo = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+        files = [MANIFEST_NAME, *(shard.file for shard in self.manifest.shards)]
+        options.setdefault("commit_message", "Upload layer features")
+        commit = api.upload_folder(
+            repo_id=repo.repo_id, repo_type="dataset", folder_path=self.folder, allow_patterns=files, **options
+        )
+        return commit.commit_url
 
     @property
     def dataset(self) -> Dataset:
@@ -114,7 +178,29 @@ class LayerFeatures(torch.utils.data.Dataset):
     @property
     def source_rows(self) -> np.ndarray:
         """For each row in view, its row in the dataset that was extracted: images may have been skipped."""
-        return self.manifest.source_rows[self._rows]
+        return self.manifest.source_rows[self._rows] % self.manifest.num_images
+
+    @property
+    def num_views(self) -> int:
+        """Augmented views per image."""
+        return self.manifest.num_views
+
+    def view(self, number: int) -> LayerFeatures:
+        """The rows of one view of all images, in the dataset's order.
+
+        Raises:
+            LayerFusionError: if there is no such view.
+        """
+        if not 0 <= number < self.num_views:
+            raise LayerFusionError(f"view {number} does not exist: this cache has views 0 to {self.num_views - 1}")
+        views = self.manifest.source_rows[self._rows] // self.manifest.num_images
+        return self.select_rows(np.flatnonzero(views == number))
+
+    def to(self, device: str | torch.device) -> LayerFeatures:
+        """The same features held in a device's memory, from which batches are gathered without a copy from the host."""
+        moved = LayerFeatures(self._dataset, self.manifest, self.bank, self._rows, self.folder)
+        moved._chunks = [chunk.to(device) for chunk in self._chunks]
+        return moved
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -131,21 +217,31 @@ class LayerFeatures(torch.utils.data.Dataset):
         return [{FEATURES_COLUMN: row, "labels": label} for row, label in zip(tokens, labels, strict=True)]
 
     def batches(
-        self, batch_size: int, shuffle: bool = False, seed: int = 0, *, drop_last: bool = False
+        self,
+        batch_size: int,
+        shuffle: bool | str = False,
+        seed: int = 0,
+        *,
+        drop_last: bool = False,
+        device: str | torch.device | None = None,
     ) -> Iterator[dict[str, Tensor]]:
         """Go through all rows once.
 
         Args:
             batch_size: B; the last batch may be smaller.
-            shuffle: in random order, the same for the same seed.
+            shuffle: `True` for a random order, the same for the same seed; `"chunks"` for shards in random order and
+                random rows within eight of them at a time, which reads a file larger than memory nearly in sequence.
             drop_last: leave out a smaller last batch.
+            device: where batches go, through pinned memory if it is a CUDA device.
 
         Yields:
             `{"layer_features": (B, N, D), "labels": (B, ...)}`. Unshuffled batches of the whole bank are views of the
             file: do not write to them.
         """
         order = np.arange(len(self))
-        if shuffle:
+        if shuffle == "chunks":
+            order = self._chunk_order(np.random.default_rng(seed))
+        elif shuffle:
             order = np.random.default_rng(seed).permutation(order)
         for start in range(0, len(order), batch_size):
             index = order[start : start + batch_size]
@@ -154,7 +250,15 @@ class LayerFeatures(torch.utils.data.Dataset):
             batch = {FEATURES_COLUMN: self._gather(self._rows[index])}
             if self.labels is not None:
                 batch["labels"] = torch.from_numpy(self.labels[index])
-            yield batch
+            yield batch if device is None else {name: _moved(value, device) for name, value in batch.items()}
+
+    def _chunk_order(self, generator: np.random.Generator) -> np.ndarray:
+        chunk_of_row = np.searchsorted(self._starts, self._rows, side="right") - 1
+        chunks = generator.permutation(np.unique(chunk_of_row))
+        groups = [chunks[start : start + CHUNKS_AT_ONCE] for start in range(0, len(chunks), CHUNKS_AT_ONCE)]
+        return np.concatenate(
+            [generator.permutation(np.flatnonzero(np.isin(chunk_of_row, group))) for group in groups]
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """All rows in view as one batch, in memory."""
@@ -172,13 +276,13 @@ class LayerFeatures(torch.utils.data.Dataset):
         chunk_of_row = np.searchsorted(self._starts, rows, side="right") - 1
         for chunk in np.unique(chunk_of_row):
             wanted = np.flatnonzero(chunk_of_row == chunk)
-            local = torch.from_numpy(rows[wanted] - self._starts[chunk])
             source = self._chunks[chunk]
+            local = torch.from_numpy(rows[wanted] - self._starts[chunk]).to(source.device)
             if self._takes_all_tokens:
                 picked = source.index_select(0, local)
             else:
-                picked = source[local[:, None], torch.tensor(self._tokens)]
-            gathered[torch.from_numpy(wanted)] = picked
+                picked = source[local[:, None], torch.tensor(self._tokens, device=source.device)]
+            gathered[torch.from_numpy(wanted).to(source.device)] = picked
         return gathered
 
     def select(
@@ -201,11 +305,16 @@ class LayerFeatures(torch.utils.data.Dataset):
             LayerFusionError: naming the tokens that are not in this cache.
         """
         self.bank.positions_of(bank)
-        return LayerFeatures(self._dataset, self.manifest, bank, self._rows)
+        return self._like(bank, self._rows)
 
     def select_rows(self, indices: Sequence[int] | np.ndarray) -> LayerFeatures:
         """The same tokens for fewer rows, in the order given; nothing is copied."""
-        return LayerFeatures(self._dataset, self.manifest, self.bank, self._rows[np.asarray(indices, dtype=np.int64)])
+        return self._like(self.bank, self._rows[np.asarray(indices, dtype=np.int64)])
+
+    def _like(self, bank: TokenBank, rows: np.ndarray) -> LayerFeatures:
+        features = LayerFeatures(self._dataset, self.manifest, bank, rows, self.folder)
+        features._chunks = self._chunks  # which may have been moved to a device
+        return features
 
     def train_test_split(self, test_size: float | int, seed: int = 0) -> tuple[LayerFeatures, LayerFeatures]:
         """Split the rows, stratified by label where the labels are classes.
@@ -254,6 +363,19 @@ class LayerFeatures(torch.utils.data.Dataset):
 
     def __repr__(self) -> str:
         return f"LayerFeatures(rows={len(self)}, tokens={len(self.bank)}, hidden_size={self.hidden_size})"
+
+
+def _moved(value: Tensor, device: str | torch.device) -> Tensor:
+    if torch.device(device).type != "cuda" or value.is_cuda:
+        return value.to(device)
+    return value.pin_memory().to(device, non_blocking=True)
+
+
+def _download(repo_id: str, options: dict[str, Any]) -> str:
+    try:
+        return snapshot_download(repo_id, repo_type="dataset", allow_patterns="features*", **options)
+    except (OSError, ValueError) as error:
+        raise LayerFusionError(f"{repo_id!r} is neither a folder nor a dataset on the Hub: {error}") from error
 
 
 def _map_chunks(dataset: Dataset, num_tokens: int, hidden_size: int) -> list[Tensor]:
