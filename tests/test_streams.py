@@ -109,6 +109,18 @@ def test_a_corrupt_image_of_a_stream_is_skipped(model, pictures, table, tmp_path
     torch.testing.assert_close(features[7]["layer_features"], table[8]["layer_features"], rtol=1e-4, atol=1e-5)
 
 
+def test_a_whole_shard_that_cannot_be_read(model, pictures, tmp_path):
+    rows = list(pictures.cast_column("image", Image(decode=False)))
+    for row in range(6, 12):
+        rows[row]["image"] = {"bytes": b"no picture", "path": f"{row}.png"}
+    stream = Dataset.from_list(rows).cast_column("image", Image()).to_iterable_dataset()
+    features = extract_features(model, stream, tmp_path, on_error="skip", max_skipped=0.5, num_workers=2, **STREAM)
+    assert [shard.rows for shard in features.manifest.shards] == [6, 0, 6, 4]
+    assert features.labels.tolist() == [row % 3 for row in range(ROWS) if not 6 <= row < 12]
+    assert features.manifest.skipped[2]["path"] == "8.png"
+    assert "row 8 (8.png) is not a readable image" in features.manifest.skipped[2]["reason"]
+
+
 REFUSED = {
     "no length": ({"num_rows": None}, "a stream knows neither its length nor its version: pass num_rows="),
     "no name": ({"fingerprint": None}, "and fingerprint="),

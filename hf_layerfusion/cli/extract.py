@@ -7,6 +7,7 @@ to reuse what is there. `layerfusion train` does this by itself, and takes these
 from __future__ import annotations
 
 import argparse
+import os
 
 from .options import (
     add_backbone_options,
@@ -33,5 +34,8 @@ def run(arguments: argparse.Namespace) -> None:
     splits, image_column, label_column = open_splits(arguments)
     model = build_model(arguments, splits["train"], label_column)
     for split, features in extract_splits(arguments, model, splits, folder, image_column, label_column).items():
+        if int(os.environ.get("RANK", 0)):
+            continue  # one process speaks for all
         size = sum(shard.num_bytes for shard in features.manifest.shards)
-        print(f"{split}: {len(features)} images, {len(features.bank)} tokens each, {size / 1e6:.1f} MB")
+        skipped = f", {len(features.manifest.skipped)} skipped" if features.manifest.skipped else ""
+        print(f"{split}: {len(features)} images{skipped}, {len(features.bank)} tokens each, {size / 1e6:.1f} MB")

@@ -119,6 +119,15 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--feature_dtype", choices=STORAGE_DTYPES, default="float16", help="of the cached tokens (default: float16)"
     )
+    parser.add_argument(
+        "--autocast", choices=("bfloat16", "float16"), help="compute in this dtype under torch.autocast"
+    )
+    parser.add_argument(
+        "--on_error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="what to do about an image that cannot be read: stop, or leave it out and note it (default: raise)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace caches that were made from something else")
 
 
@@ -129,7 +138,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
-    default = "cuda" if torch.cuda.is_available() else "cpu"
+    # Under `accelerate launch`, each process has a device of its own.
+    default = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help="such as cpu or cuda (default: %(default)s)")
 
 
@@ -206,6 +216,8 @@ def extract_splits(
             batch_size=arguments.batch_size,
             num_workers=arguments.num_workers,
             dtype=arguments.feature_dtype,
+            autocast=arguments.autocast,
+            on_error=arguments.on_error,
             overwrite=arguments.overwrite,
         )
         for split in sorted(splits, key=lambda name: len(splits[name]))

@@ -174,9 +174,10 @@ class StreamSource:
             first = next(iter(dataset.select_columns([label_column])), None)
             if first is None:
                 raise LayerFusionError("the stream is empty")
-            _, self.label_feature = check_label_values(
+            labels, self.label_feature = check_label_values(
                 np.asarray([first[label_column]]), self.feature, label_column, config
             )
+            self.no_labels = labels[:0]
         self.identity = {
             "fingerprint": fingerprint,
             "rows": num_rows,
@@ -189,6 +190,10 @@ class StreamSource:
 
     def batches(self, batches: list[list[int]], reader: Reader, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
         """Images are decoded by threads: `datasets` would deal the stream out to worker processes in another order."""
+        for batch in self._decoded(batches, reader, num_workers):
+            yield batch.pin_memory() if pin_memory else batch
+
+    def _decoded(self, batches: list[list[int]], reader: Reader, num_workers: int) -> Iterator[Batch]:
         if not num_workers:
             for rows, examples in self._examples(batches):
                 values = [self._read(reader, *pair) for pair in zip(rows, examples, strict=True)]
@@ -232,7 +237,9 @@ class StreamSource:
 
     def _batch(self, rows: list[int], examples: list[dict], values: list[dict[str, Tensor] | Unreadable]) -> Batch:
         batch = _collate(list(zip(rows, values, strict=True)))
-        if self.label_column is not None:
+        if self.label_column is not None and not batch.rows:
+            batch.labels = self.no_labels
+        elif self.label_column is not None:
             labels = {row: example[self.label_column] for row, example in zip(rows, examples, strict=True)}
             kept = np.asarray([labels[row] for row in batch.rows])
             numbers = np.asarray(batch.rows)
