@@ -3,28 +3,31 @@
     python benchmarks/extraction.py [--threads 1] [--repeats 7] [--device cuda --dtype bfloat16] [--backbone FOLDER]
 
 The variants take turns within one run, and the bare forward takes two turns a round: the second row says how far apart
-equal things measure. Ratios are medians over rounds, with the worst round beside them. Peak memory is measured in a
-fresh process for every variant and depth.
+equal things measure. Ratios are medians over rounds, of time on the clock with the worst round beside it, and of CPU
+time, which other jobs disturb less. Peak memory is measured in a fresh process for every variant and depth.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import multiprocessing
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
 from hf_layerfusion import ViTForAttentiveLayerFusionClassification
 from hf_layerfusion.anatomy import find_blocks
 from hf_layerfusion.pooling import pool_activation
+
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 Model = ViTForAttentiveLayerFusionClassification
 
@@ -50,7 +53,10 @@ def clones(model: Model, pixels: Tensor) -> Tensor:
     kept: dict[str, list[Tensor]] = {"block": [], "ln2": []}
 
     def keep(name: str) -> Callable:
-        return lambda module, inputs, output: kept[name].append(output.detach().clone())
+        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            kept[name].append(output.detach().clone())
+
+        return hook
 
     handles = []
     for block in find_blocks(model.backbone):
@@ -103,16 +109,17 @@ def check_same_tokens(model: Model, pixels: Tensor) -> None:
         torch.testing.assert_close(variant(model, pixels), expected)
 
 
-def seconds(variant: Callable, model: Model, pixels: Tensor) -> float:
-    start = time.perf_counter()
+def seconds(variant: Callable, model: Model, pixels: Tensor) -> tuple[float, float]:
+    """On the clock, and of this process on the CPU."""
+    start, cpu_start = time.perf_counter(), time.process_time()
     variant(model, pixels)
     if pixels.is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu_start
 
 
 def compare_times(model: Model, pixels: Tensor, repeats: int) -> None:
-    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
     names = list(VARIANTS)
     for repeat in range(repeats + 1):
         # Every round begins with another one, so that none always runs behind the one that fills the memory.
@@ -120,20 +127,26 @@ def compare_times(model: Model, pixels: Tensor, repeats: int) -> None:
             elapsed = seconds(VARIANTS[name][0], model, pixels)
             if repeat:  # the first round warms up
                 times[name].append(elapsed)
-    print(f"{'ms':>9}{'images/s':>10}{'ratio':>8}{'worst':>8}")
+    print(f"{'ms':>9}{'images/s':>10}{'ratio':>8}{'worst':>8}{'CPU ratio':>11}")
     for name, (_, title) in VARIANTS.items():
-        ratios = [own / reference for own, reference in zip(times[name], times["bare"], strict=True)]
-        median = statistics.median(times[name])
+        pairs = list(zip(times[name], times["bare"], strict=True))
+        clock, cpu = ([own[which] / reference[which] for own, reference in pairs] for which in (0, 1))
+        median = statistics.median(elapsed for elapsed, _ in times[name])
         print(
-            f"{1e3 * median:>9.1f}{len(pixels) / median:>10.1f}{statistics.median(ratios):>8.3f}{max(ratios):>8.3f}"
-            f"  {title}"
+            f"{1e3 * median:>9.1f}{len(pixels) / median:>10.1f}{statistics.median(clock):>8.3f}{max(clock):>8.3f}"
+            f"{statistics.median(cpu):>11.3f}  {title}"
         )
 
 
-def peak_memory(variant: Callable, model: Model, pixels: Tensor) -> float:
+def peak_memory(arguments: argparse.Namespace, name: str, num_layers: int) -> float:
     """The most memory in MB that this process, or on a GPU its tensors, ever took."""
-    for _ in range(2):
-        variant(model, pixels)
+    if sys.platform == "linux":
+        # glibc raises this threshold as it goes; then holes between freed tensors vary the peak by tens of MB.
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 131072)
+    model, pixels = build(arguments, num_layers)
+    with torch.inference_mode():
+        for _ in range(2):
+            VARIANTS[name][0](model, pixels)
     if pixels.is_cuda:
         return torch.cuda.max_memory_allocated() / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, else KiB
@@ -141,23 +154,9 @@ def peak_memory(variant: Callable, model: Model, pixels: Tensor) -> float:
 
 
 def measure_alone(arguments: argparse.Namespace, name: str, num_layers: int) -> float:
-    """`peak_memory` in a process of its own."""
-    options = {
-        "threads": arguments.threads,
-        "device": arguments.device,
-        "dtype": arguments.dtype,
-        "batch_size": arguments.batch_size,
-        "image_size": arguments.image_size,
-        "depths": num_layers,
-        "peak_memory_of": name,
-    }
-    if arguments.backbone:
-        options["backbone"] = arguments.backbone
-    words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).resolve()), *words], stdout=subprocess.PIPE, text=True, check=True
-    )
-    return float(done.stdout)
+    """`peak_memory` in a process of its own, forked, since importing everything anew takes longer than measuring."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        return pool.submit(peak_memory, arguments, name, num_layers).result()
 
 
 def compare_memory(arguments: argparse.Namespace) -> None:
@@ -165,7 +164,7 @@ def compare_memory(arguments: argparse.Namespace) -> None:
     print("".join(f"{f'{depth} layers':>11}" for depth in arguments.depths))
     references = [measure_alone(arguments, "bare", depth) for depth in arguments.depths]
     for name, (_, title) in VARIANTS.items():
-        if name != "bare":
+        if name not in ("bare", "again"):
             peaks = [measure_alone(arguments, name, depth) for depth in arguments.depths]
             extra = [peak - reference for peak, reference in zip(peaks, references, strict=True)]
             print("".join(f"{value:>11.1f}" for value in extra) + f"  {title}", flush=True)
@@ -181,17 +180,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--peak_memory_of", choices=VARIANTS, help="print the peak memory of this variant alone")
     arguments = parser.parse_args()
     if arguments.backbone:
         arguments.depths = arguments.depths[:1]  # the backbone's own depth
     torch.set_num_threads(arguments.threads)
-    if arguments.peak_memory_of:
-        model, pixels = build(arguments, arguments.depths[0])
-        with torch.inference_mode():
-            print(peak_memory(VARIANTS[arguments.peak_memory_of][0], model, pixels))
-        return
-    # Before anything large is in this process: a child's peak begins with its parent's size.
+    # Before anything is computed here: a child's peak begins with its parent's size, and CUDA cannot be forked.
     compare_memory(arguments)
     model, pixels = build(arguments, arguments.depths[0])
     print(

@@ -57,7 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _describe(folder: Path, manifest: Manifest) -> None:
     skipped, names = manifest.skipped, manifest.label_names
     print(f"{folder}: {_progress(manifest)}")
-    print(f"rows: {manifest.rows_done - len(skipped)}, and {len(skipped)} skipped")
+    views = f", {manifest.num_views} views of each image" if manifest.num_views > 1 else ""
+    print(f"rows: {manifest.rows_done - len(skipped)}, and {len(skipped)} skipped{views}")
     for entry in skipped[:5]:
         print(f"  {entry['reason']}")
     if len(skipped) > 5:
@@ -175,11 +176,11 @@ def _prune(folder: Path, manifest: Manifest, damaged: bool, dry_run: bool) -> No
             manifest.save(folder)  # before the files go: it never names a shard that was removed
     verb, count, num_bytes = "would remove" if dry_run else "removed", 0, 0
     for file in sorted(folder.iterdir()):
-        index, reason = _reason_to_remove(file, manifest, gathered)
+        reason, may_be_in_use = _reason_to_remove(file, manifest, gathered, problems)
         if reason is None:
             continue
         status = file.lstat()
-        if index not in problems and time.time() - status.st_mtime < _SETTLED_SECONDS:
+        if may_be_in_use and time.time() - status.st_mtime < _SETTLED_SECONDS:
             print(f"kept {file}: {reason}, but younger than {_SETTLED_SECONDS} seconds")
             continue
         if not dry_run:
@@ -189,20 +190,25 @@ def _prune(folder: Path, manifest: Manifest, damaged: bool, dry_run: bool) -> No
     print(f"{folder}: {verb} {count} files, {num_bytes:,} bytes; {_progress(manifest)}")
 
 
-def _reason_to_remove(file: Path, manifest: Manifest, gathered: set[int]) -> tuple[int | None, str | None]:
-    """The shard that a file belongs to, and why it may go; `None` for files that are in use, or not a cache's own."""
+def _reason_to_remove(
+    file: Path, manifest: Manifest, gathered: set[int], problems: dict[int, str]
+) -> tuple[str | None, bool]:
+    """Why a file may go, and whether a running extraction may hold it.
+
+    `None` for a file that the cache needs, or that is not of its making.
+    """
     name = re.fullmatch(r"(features(?:-([0-9]{5,}))?\.(?:arrow|json))(\.[0-9]+\.tmp)?", file.name)
     if name is None or file.is_symlink() or not file.is_file():
-        return None, None
+        return None, False
     index = None if name[2] is None else int(name[2])
-    own_names = (MANIFEST_NAME,) if index is None else (shard_file(index), record_file(index))
-    if name[1] not in own_names:
-        return None, None
+    if name[1] not in ((MANIFEST_NAME,) if index is None else (shard_file(index), record_file(index))):
+        return None, False
     if name[3]:
-        return index, "left by a write that did not finish"
-    is_named = index is None or any(shard.index == index for shard in manifest.shards)
-    if not is_named:
-        return index, "of a shard that the manifest does not name"
+        return "left by a write that did not finish", True
+    if index in problems:
+        return "of a damaged shard", False
+    if index is not None and all(shard.index != index for shard in manifest.shards):
+        return "of a shard that the manifest does not name", True
     if file.suffix == ".json" and index in gathered:
-        return index, "a record that the manifest holds"
-    return index, None
+        return "a record that the manifest holds", False
+    return None, False

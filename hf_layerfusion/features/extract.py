@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,6 @@ import PIL
 import pyarrow as pa
 import torch
 import transformers
-from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 from torch import Tensor
@@ -103,8 +102,8 @@ def extract_features(
         progress: show progress bars, on the first process only.
         num_rows: of a stream, how many rows to take.
         fingerprint: of a stream, a name for the data and its version.
-        process_index: which share of the shards this process does; by default accelerate's.
-        num_processes: how many shares there are; `1` where one process extracts while others wait for it, as under
+        process_index: which share of the shards this process does; by default the launcher's `RANK`.
+        num_processes: how many shares there are, by default the launcher's `WORLD_SIZE`; `1` where one process extracts while others wait for it, as under
             `main_process_first`.
         backbone_kwargs: passed to the backbone's forward.
 
@@ -161,25 +160,26 @@ def extract_features(
     manifest = _resume(output_dir, manifest, overwrite, share)
     if manifest.is_complete:
         logger.info(f"reusing the features in {output_dir}")
-        return LayerFeatures.open(output_dir)
-    shards = manifest.missing_shards[share.index :: share.count]
+        return _finish(output_dir, share, max_skipped)
+    # By number, not by turns: a process that starts later finds fewer shards missing.
+    shards = [index for index in manifest.missing_shards if index % share.count == share.index]
     is_shown = progress and share.index == 0
     rows_of_shards = {index: manifest.rows_of(index) for index in shards}
     if on_error == "raise":
         source.check([row for rows in rows_of_shards.values() for row in rows], is_shown)
     plan = [
-        (index, list(rows[start : start + batch_size]))
-        for index, rows in rows_of_shards.items()
+        list(rows[start : start + batch_size])
+        for rows in rows_of_shards.values()
         for start in range(0, len(rows), batch_size)
     ]
     reader = Reader(processor, augment, seed, skips=on_error == "skip")
-    batches = source.batches([rows for _, rows in plan], reader, num_workers, model.device.type == "cuda")
-    total = sum(len(rows) for _, rows in plan)
+    batches = source.batches(plan, reader, num_workers, model.device.type == "cuda")
+    total = sum(len(rows) for rows in plan)
     with tqdm(total=total, desc="extracting", unit="image", delay=2, disable=not is_shown) as bar:
         computed = _extract(model, batches, bank, manifest, autocast, backbone_kwargs, bar)
-        extracted = zip(plan, computed, strict=True)
-        for index, group in groupby(extracted, key=lambda item: item[0][0]):
-            parts = [part for _, part in group]
+        for index, rows in rows_of_shards.items():
+            # Not a batch further: a shard is written before the next one begins.
+            parts = list(islice(computed, -(-len(rows) // batch_size)))
             skipped = [asdict(image) for batch, _ in parts for image in batch.unreadable]
             _check_skipped(manifest, skipped, max_skipped)
             tokens = torch.cat([tokens for _, tokens in parts])
@@ -187,7 +187,7 @@ def extract_features(
             shard_labels = np.concatenate(labels) if labels else None
             shard = _write_shard(output_dir, index, tokens, shard_labels, source.label_feature, skipped)
             manifest.add(output_dir, shard)
-    return _finish(output_dir, share)
+    return _finish(output_dir, share, max_skipped)
 
 
 @dataclass(frozen=True)
@@ -199,16 +199,16 @@ class _Share:
 
 
 def _share(process_index: int | None, num_processes: int | None) -> _Share:
-    if num_processes is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        state = PartialState()
-        return _Share(state.process_index, state.num_processes)
-    share = _Share(process_index or 0, num_processes or 1)
+    if num_processes is None:
+        # What launchers say. No process group is needed, and without CUDA accelerate would not make one.
+        process_index, num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    share = _Share(process_index or 0, num_processes)
     if not 0 <= share.index < share.count:
         raise LayerFusionError(f"process_index={share.index} is not one of num_processes={share.count}")
     return share
 
 
-def _finish(folder: Path, share: _Share) -> LayerFeatures:
+def _finish(folder: Path, share: _Share, max_skipped: float) -> LayerFeatures:
     """Wait for the other processes' shards, and gather all records."""
     waited = 0.0
     while not ((folder / MANIFEST_NAME).is_file() and (manifest := Manifest.load(folder)).is_complete):
@@ -217,6 +217,7 @@ def _finish(folder: Path, share: _Share) -> LayerFeatures:
         waited += _POLL_SECONDS
         if waited % 60 < _POLL_SECONDS:
             logger.warning(f"waiting for the shards of other processes in {folder}")
+    _check_skipped(manifest, [], max_skipped)  # of all processes together
     if share.index == 0:
         manifest.gather(folder)
     return LayerFeatures.open(folder)
@@ -257,6 +258,10 @@ def _extract(
 
 def _check_skipped(manifest: Manifest, skipped: list[dict[str, Any]], max_skipped: float) -> None:
     count = len(manifest.skipped) + len(skipped)
+    if count == manifest.num_rows:
+        raise LayerFusionError(
+            f"none of the {count} images can be read; the first: {(manifest.skipped + skipped)[0]['reason']}"
+        )
     if count > max_skipped * manifest.num_rows:
         first = (manifest.skipped + skipped)[0]
         raise LayerFusionError(
@@ -314,7 +319,10 @@ def _resume(folder: Path, wanted: Manifest, overwrite: bool, share: _Share) -> M
     """The manifest to go on with: the one on disk if everything that shaped it matches."""
     if folder.exists() and not folder.is_dir():
         raise LayerFusionError(f"{folder} is a file: give a folder for the features")
+    records = sorted(folder.glob("features-*.json"))  # before the manifest, which is written before them
     if not (folder / MANIFEST_NAME).is_file():
+        if records:
+            raise LayerFusionError(f"{records[0]} belongs to a cache without {MANIFEST_NAME}: delete {folder}")
         if share.index == 0 and folder.is_dir() and any(not _is_ours(file) for file in folder.iterdir()):
             raise LayerFusionError(f"{folder} is not empty and holds no feature cache: give another folder")
         return wanted
@@ -331,9 +339,9 @@ def _resume(folder: Path, wanted: Manifest, overwrite: bool, share: _Share) -> M
         )
     if share.count > 1:
         raise LayerFusionError(f"several processes cannot replace a cache at once: delete {folder} before")
-    for file in folder.iterdir():
-        if _is_ours(file):
-            file.unlink()
+    # The manifest last: until then, another run sees what the rest belongs to.
+    for file in sorted(filter(_is_ours, folder.iterdir()), key=lambda file: file.name == MANIFEST_NAME):
+        file.unlink()
     return wanted
 
 

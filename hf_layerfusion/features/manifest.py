@@ -131,15 +131,25 @@ class Manifest:
     def add(self, folder: Path, shard: Shard) -> None:
         """Record a shard whose file is in place."""
         if not (folder / MANIFEST_NAME).exists():
-            self.save(folder)  # the same from every process
+            self.save(folder)
+        begun = Manifest.load(folder)
+        difference = describe_difference(begun.ingredients, self.ingredients)
+        if difference is not None or begun.rows_per_shard != self.rows_per_shard:
+            raise LayerFusionError(
+                f"another process extracts something else into {folder} "
+                f"({difference or f'rows_per_shard {begun.rows_per_shard} -> {self.rows_per_shard}'})"
+            )
         write_json(folder / record_file(shard.index), asdict(shard))
         self.shards = sorted([*self.shards, shard], key=lambda shard: shard.index)
 
     def gather(self, folder: Path) -> None:
-        """Write the records of all shards into the manifest, then remove them."""
+        """Write the records of all shards into the manifest, then remove them, and what killed processes left."""
+        records = [folder / record_file(index) for index in range(self.num_shards)]
+        if not any(record.exists() for record in records):
+            return  # a finished cache may be read-only
         self.save(folder)
-        for shard in self.shards:
-            (folder / record_file(shard.index)).unlink(missing_ok=True)
+        for file in [*folder.glob("features*.tmp"), *records]:
+            file.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -160,9 +170,10 @@ class Manifest:
                 )
             manifest = cls(**{**values, "shards": [Shard(**shard) for shard in values["shards"]]})
             for index in manifest.missing_shards:
-                record = folder / record_file(index)
+                path = folder / record_file(index)
                 with suppress(FileNotFoundError):  # not extracted yet, or gathered since the manifest was read
-                    manifest.shards.append(Shard(**json.loads(record.read_text(encoding="utf-8"))))
+                    manifest.shards.append(Shard(**json.loads(path.read_text(encoding="utf-8"))))
+            path = folder / MANIFEST_NAME
             manifest.shards.sort(key=lambda shard: shard.index)
         except LayerFusionError:
             raise
@@ -192,7 +203,8 @@ class Manifest:
         damaged = [problem for problem in problems.values() if problem is not None]
         if damaged:
             self.save(folder)
-            for index in self.missing_shards:
+            # Only theirs: other processes may have finished more since this manifest was read.
+            for index in (index for index, problem in problems.items() if problem is not None):
                 (folder / record_file(index)).unlink(missing_ok=True)
         return damaged
 

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, List, Value, concatenate_datasets
 from huggingface_hub import HfApi, snapshot_download
 from torch import Tensor
 
 from ..bank import TokenBank
 from ..errors import LayerFusionError
-from .manifest import MANIFEST_NAME, Manifest
+from .manifest import MANIFEST_NAME, Manifest, Shard
 
 FEATURES_COLUMN = "layer_features"
 LABEL_COLUMN = "label"
@@ -81,10 +82,7 @@ class LayerFeatures(torch.utils.data.Dataset):
                 "Run the same extraction again, it does the rest"
             )
         manifest.check_files(folder, checksums=verify)
-        dataset = concatenate_datasets([Dataset.from_file(str(folder / shard.file)) for shard in manifest.shards])
-        expected = manifest.num_rows - len(manifest.skipped)
-        if len(dataset) != expected:
-            raise LayerFusionError(f"the shards of {folder} hold {len(dataset)} rows instead of {expected}")
+        dataset = concatenate_datasets([_open_shard(folder, shard, manifest) for shard in manifest.shards])
         # Carried along by `select`, `train_test_split` and `save_to_disk`; see `from_dataset`.
         dataset.info.description = json.dumps({"layer_features": asdict(manifest) | {"shards": []}})
         return cls(dataset, manifest, folder=folder)
@@ -376,6 +374,23 @@ def _download(repo_id: str, options: dict[str, Any]) -> str:
         return snapshot_download(repo_id, repo_type="dataset", allow_patterns="features*", **options)
     except (OSError, ValueError) as error:
         raise LayerFusionError(f"{repo_id!r} is neither a folder nor a dataset on the Hub: {error}") from error
+
+
+def _open_shard(folder: Path, shard: Shard, manifest: Manifest) -> Dataset:
+    path = folder / shard.file
+    try:
+        dataset = Dataset.from_file(str(path))
+    except (OSError, pa.ArrowException) as error:
+        raise LayerFusionError(
+            f"shard {path} is not an Arrow file ({error}): it does not belong to its manifest"
+        ) from error
+    tokens = List(Value(manifest.dtype), length=len(manifest.bank) * manifest.hidden_size)
+    if dataset.features.get(FEATURES_COLUMN) != tokens or len(dataset) != shard.rows:
+        raise LayerFusionError(
+            f"shard {path} holds {len(dataset)} rows of {dataset.features} instead of {shard.rows} rows of {tokens}: "
+            "it does not belong to its manifest"
+        )
+    return dataset
 
 
 def _map_chunks(dataset: Dataset, num_tokens: int, hidden_size: int) -> list[Tensor]:
