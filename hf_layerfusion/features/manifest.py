@@ -132,7 +132,7 @@ class Manifest:
         """Record a shard whose file is in place."""
         if not (folder / MANIFEST_NAME).exists():
             self.save(folder)
-        begun = Manifest.load(folder)
+        begun = _read_manifest(folder / MANIFEST_NAME)
         difference = describe_difference(begun.ingredients, self.ingredients)
         if difference is not None or begun.rows_per_shard != self.rows_per_shard:
             raise LayerFusionError(
@@ -162,13 +162,7 @@ class Manifest:
         if not path.is_file():
             raise LayerFusionError(f"{folder} holds no {MANIFEST_NAME}: it is not a feature cache")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            version = values["format_version"]
-            if version != FORMAT_VERSION:
-                raise LayerFusionError(
-                    f"{path} has format {version}, but this version reads format {FORMAT_VERSION}: extract again"
-                )
-            manifest = cls(**{**values, "shards": [Shard(**shard) for shard in values["shards"]]})
+            manifest = _read_manifest(path)
             for index in manifest.missing_shards:
                 path = folder / record_file(index)
                 with suppress(FileNotFoundError):  # not extracted yet, or gathered since the manifest was read
@@ -207,6 +201,16 @@ class Manifest:
             for index in (index for index, problem in problems.items() if problem is not None):
                 (folder / record_file(index)).unlink(missing_ok=True)
         return damaged
+
+
+def _read_manifest(path: Path) -> Manifest:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    version = values["format_version"]
+    if version != FORMAT_VERSION:
+        raise LayerFusionError(
+            f"{path} has format {version}, but this version reads format {FORMAT_VERSION}: extract again"
+        )
+    return Manifest(**{**values, "shards": [Shard(**shard) for shard in values["shards"]]})
 
 
 def problem_of(shard: Shard, folder: Path, checksums: bool = False) -> str | None:

@@ -28,6 +28,22 @@ LABEL_COLUMN = "label"
 CHUNKS_AT_ONCE = 8
 
 
+class GatheredRows(Sequence):
+    """Rows of one gather: dicts for any collator, and the batch itself for ours, which has nothing left to copy."""
+
+    def __init__(self, batch: dict[str, Tensor]):
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return len(self.batch[FEATURES_COLUMN])
+
+    def __getitem__(self, index: Any) -> Any:
+        row: dict[str, Any] = {FEATURES_COLUMN: self.batch[FEATURES_COLUMN][index]}
+        if "labels" in self.batch:
+            row["labels"] = self.batch["labels"][index].tolist()
+        return row
+
+
 class LayerFeatures(torch.utils.data.Dataset):
     """Tokens `(rows, N, D)` and labels, as a map-style dataset that `Trainer` and `DataLoader` read directly.
 
@@ -206,13 +222,9 @@ class LayerFeatures(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, indices: Sequence[int]) -> GatheredRows:
         """Several rows in one gather; `DataLoader` calls this."""
-        tokens = self._gather(self._rows[np.asarray(indices, dtype=np.int64)])
-        if self.labels is None:
-            return [{FEATURES_COLUMN: row} for row in tokens]
-        labels = self.labels[np.asarray(indices, dtype=np.int64)].tolist()
-        return [{FEATURES_COLUMN: row, "labels": label} for row, label in zip(tokens, labels, strict=True)]
+        return GatheredRows(self._batch(np.asarray(indices, dtype=np.int64)))
 
     def batches(
         self,
@@ -245,10 +257,16 @@ class LayerFeatures(torch.utils.data.Dataset):
             index = order[start : start + batch_size]
             if drop_last and len(index) < batch_size:
                 return
-            batch = {FEATURES_COLUMN: self._gather(self._rows[index])}
-            if self.labels is not None:
-                batch["labels"] = torch.from_numpy(self.labels[index])
-            yield batch if device is None else {name: _moved(value, device) for name, value in batch.items()}
+            if shuffle:
+                # Which rows come together is random; in the file's order they are gathered without a second copy.
+                index = index[np.argsort(self._rows[index], kind="stable")]
+            yield self._batch(index, device)  # held by no name here, so that it is freed before the next is read
+
+    def _batch(self, index: np.ndarray, device: str | torch.device | None = None) -> dict[str, Tensor]:
+        batch = {FEATURES_COLUMN: self._gather(self._rows[index])}
+        if self.labels is not None:
+            batch["labels"] = torch.from_numpy(self.labels[index])
+        return batch if device is None else {name: _moved(value, device) for name, value in batch.items()}
 
     def _chunk_order(self, generator: np.random.Generator) -> np.ndarray:
         chunk_of_row = np.searchsorted(self._starts, self._rows, side="right") - 1
@@ -270,6 +288,30 @@ class LayerFeatures(torch.utils.data.Dataset):
             offset = first - self._starts[chunk]
             view = self._chunks[chunk][offset : offset + len(rows)]
             return view if self._takes_all_tokens else view[:, self._tokens]
+        if self._chunks[chunk].device.type != "cpu":
+            return self._gather_on_device(rows)
+        order = np.argsort(rows, kind="stable")
+        ascending = rows[order]
+        is_ascending = bool((np.diff(rows) >= 0).all())
+        bounds = np.searchsorted(ascending, self._starts)
+        # Of numpy and not of torch: its large arrays come in huge pages, torch's in small ones, and to have those
+        # cleared takes several times as long as the copy.
+        gathered = np.empty((len(rows), len(self.bank), self.hidden_size), dtype=self.manifest.dtype)
+        for chunk in np.flatnonzero(np.diff(bounds)).tolist():
+            part = slice(bounds[chunk], bounds[chunk + 1])
+            index = ascending[part] - self._starts[chunk]
+            source = self._chunks[chunk].numpy()
+            if not self._takes_all_tokens:
+                index = index[:, None] * source.shape[1] + self._tokens  # (rows, N) positions of single tokens
+                source = source.reshape(-1, self.hidden_size)
+            # `mode="clip"`, because "raise" goes through a buffer.
+            if is_ascending:
+                np.take(source, index, axis=0, out=gathered[part], mode="clip")
+            else:
+                gathered[order[part]] = np.take(source, index, axis=0, mode="clip")
+        return torch.from_numpy(gathered)
+
+    def _gather_on_device(self, rows: np.ndarray) -> Tensor:
         gathered = self._chunks[0].new_empty(len(rows), len(self.bank), self.hidden_size)
         chunk_of_row = np.searchsorted(self._starts, rows, side="right") - 1
         for chunk in np.unique(chunk_of_row):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LayerFusionError
+from ..features.store import GatheredRows
 from ..images import decode_image, process_image, stack_images
 from ..losses import check_labels
 
@@ -38,6 +39,11 @@ class LayerFeatureCollator:
         Raises:
             LayerFusionError: for tokens of another shape, and labels that are missing in some rows or out of range.
         """
+        if isinstance(rows, GatheredRows):
+            self._tokens(rows[0])
+            labels = rows.batch.get("labels")
+            checked = {} if labels is None else {"labels": _checked_labels(labels, self.num_labels)}
+            return {"layer_features": rows.batch["layer_features"], **checked}
         tokens = [self._tokens(row) for row in rows]  # B of (N, D)
         if len({row.shape for row in tokens}) > 1:
             raise LayerFusionError(
@@ -129,14 +135,18 @@ def _collate_labels(rows: Sequence[Row], columns: Sequence[str], num_labels: int
         raise LayerFusionError(
             f"row {lacking[0]} of the batch has no {column!r}: remove rows without labels, or the column"
         )
-    labels = torch.stack([_as_tensor(row[column]) for row in rows])  # (B,) or (B, C)
+    return {"labels": _checked_labels(torch.stack([_as_tensor(row[column]) for row in rows]), num_labels)}
+
+
+def _checked_labels(labels: Tensor, num_labels: int | None) -> Tensor:
+    """Labels `(B,)` or `(B, C)` in the dtype that their loss takes."""
     if labels.is_floating_point() or labels.ndim > 1:
         labels = labels.float()  # several labels, or a number: both are compared with logits
         if num_labels is not None and labels.ndim > 1 and labels.shape[1] != num_labels:
             raise LayerFusionError(f"rows have {labels.shape[1]} labels, but the head has num_labels={num_labels}")
     elif num_labels is not None and num_labels > 1:  # a head with one output regresses: any number goes
         check_labels(labels, num_labels)
-    return {"labels": labels}
+    return labels
 
 
 __all__ = ["ImageCollator", "LayerFeatureCollator"]
