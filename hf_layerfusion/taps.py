@@ -117,6 +117,11 @@ def read_taps(
             keep_last(result.hidden_states[layout.num_layers - 1 + layout.first_hidden_state])
     if (tap := (layout.num_layers, "pooler")) in taps:
         captured[tap] = reduce(tap, pooled_vector(result))
+    if lacking := [tap for tap in taps if tap not in captured]:
+        raise LayerFusionError(
+            f"the activation of {lacking[0][1]!r} at layer {lacking[0][0]} of {type(backbone).__name__} was not seen: were "
+            "its blocks compiled one by one, or replaced? Compile the whole backbone instead"
+        )
     return captured
 
 

@@ -212,3 +212,22 @@ def test_autocast_is_used_and_named(model, pictures, tmp_path, features):
         extract_features(model, pictures, tmp_path / "bf16", dtype="float32", progress=False)
     with pytest.raises(LayerFusionError, match="autocast='int8': use 'bfloat16', 'float16' or None"):
         extract_features(model, pictures, tmp_path / "int8", autocast="int8")
+
+
+@pytest.mark.slow
+def test_a_compiled_backbone_hands_its_taps_over_too(pictures, features, tmp_path):
+    compiled = ViTForAttentiveLayerFusionClassification.from_backbone(
+        tiny_backbone("vit"),
+        id2label=["ant", "bee"],
+        image_processor=ViTImageProcessorPil(size={"height": 32, "width": 32}),
+    )
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options = {"batch_size": 10, "dtype": "float32", "progress": False}
+    found = extract_features(compiled, pictures, tmp_path, torch_compile=True, **options)
+    torch.testing.assert_close(tokens_of(found), tokens_of(features), rtol=1e-4, atol=1e-4)
+    frames = torch._dynamo.utils.counters["frames"]
+    assert frames["ok"] == frames["total"] == 1  # one graph for both batches
+    assert not torch._dynamo.utils.counters["graph_break"]
+    with pytest.raises(LayerFusionError, match="torch_compile True -> False"):
+        extract_features(compiled, pictures, tmp_path, **options)

@@ -122,6 +122,7 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--autocast", choices=("bfloat16", "float16"), help="compute in this dtype under torch.autocast"
     )
+    parser.add_argument("--torch_compile", action="store_true", help="compile the backbone: worth it for many images")
     parser.add_argument(
         "--on_error",
         choices=("raise", "skip"),
@@ -217,6 +218,7 @@ def extract_splits(
             num_workers=arguments.num_workers,
             dtype=arguments.feature_dtype,
             autocast=arguments.autocast,
+            torch_compile=arguments.torch_compile,
             on_error=arguments.on_error,
             overwrite=arguments.overwrite,
         )
