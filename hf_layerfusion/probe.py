@@ -519,7 +519,7 @@ class _Probe:
 
     def _patches_of_config(self) -> tuple[int, int] | None:
         """The grid of patches that the config asks for, if it says how large they are."""
-        patch = getattr(self.backbone.config, "patch_size", None)
+        patch = _first_of(self.backbone.config, "patch_stride", "patch_size")  # patches may overlap
         if isinstance(patch, int):
             patch = (patch, patch)
         if not isinstance(patch, tuple | list) or len(patch) != 2 or self.image_size is None:
