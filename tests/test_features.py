@@ -171,7 +171,8 @@ def test_extraction_goes_on_after_the_last_whole_shard(model, dataset, features,
 
 
 def test_worker_processes_give_the_same_tokens(model, dataset, features, tmp_path):
-    workers = extract_features(model, dataset, tmp_path / "w", batch_size=4, num_workers=2, dtype="float32")
+    arguments = {"batch_size": 4, "rows_per_shard": 10, "dtype": "float32"}
+    workers = extract_features(model, dataset, tmp_path / "w", num_workers=2, **arguments)
     assert torch.equal(all_tokens(workers), all_tokens(features))
 
 
