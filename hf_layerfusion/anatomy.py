@@ -22,15 +22,8 @@ _NAMES = {
     "fc1": (
         *("mlp.fc1", "mlp.lin1", "mlp.linear_fc1", "mlp.gate_proj", "mlp.weights_in", "mlp.dense1", "mlp.proj_in"),
         *("mlp.wi_0", "mlp.c_fc", "mlp.up_proj", "mlp.fc1_g", "mlp.w12", "ffn.gate_proj", "ffn.fc1"),
-        *(
-            "feed_forward.gate_proj",
-            "intermediate.dense",
-            "pwconv1",
-            "pointwise_conv1",
-            "fc1",
-            "mlp.conv1",
-            "output.conv1",
-        ),
+        *("feed_forward.gate_proj", "intermediate.dense", "pwconv1", "pointwise_conv1", "fc1", "mlp.conv1"),
+        "output.conv1",
     ),
     "fc2": (
         *("mlp.fc2", "mlp.lin2", "mlp.linear_fc2", "mlp.down_proj", "mlp.weights_out", "mlp.dense2", "mlp.proj_out"),
@@ -91,20 +84,14 @@ def blocks_by_layer(blocks: Sequence[Block], num_layers: int) -> list[list[Block
 
 
 def find_norms(backbone: nn.Module, blocks: Sequence[Block]) -> list[str]:
-    """Paths of the norms outside the blocks, those behind the last block first."""
+    """Paths of the norms outside the blocks."""
     inside = tuple(block.path + "." for block in blocks)
-    paths = [path for path, _ in backbone.named_modules()]
-    last = max((paths.index(block.path) for block in blocks), default=-1)
-    norms = [
-        (position, path)
-        for position, (path, module) in enumerate(backbone.named_modules())
-        if path
-        and "norm" in path.rpartition(".")[2].lower()
+    return [
+        path
+        for path, module in backbone.named_modules()
+        if "norm" in path.rpartition(".")[2].lower()
         and not path.startswith(inside)
         and not isinstance(module, nn.Identity)
-    ]
-    return [path for position, path in norms if position > last] + [
-        path for position, path in norms if position <= last
     ]
 
 

@@ -281,11 +281,11 @@ class _Probe:
         counts = self._special_tokens(layers, stages, kind, batching)
         in_windows = any(trace.in_windows for trace in self.traces.values())
         for module in ("ln1", "attention", "residual", "ln2", "fc1", "activation", "fc2"):
-            if (tap := self._inner_tap(module, stages, layers, kind, counts, in_windows)) is not None:
+            if (tap := self._inner_tap(module, stages, layers, kind, in_windows)) is not None:
                 taps[module] = tap
         last, num_layers = layers[-1], len(layers) - 1
         grids = self._grids(layers, kind, batching, counts)
-        final_norm = self._final_norm(last, taps["block"], counts)
+        final_norm = self._final_norm(last, counts["cls_token"])
         if final_norm is not None:
             taps["final_norm"] = TapLayout(kind, (*[0] * num_layers, taps["block"].widths[-1]))
         if (width := self._pooler_width()) is not None:
@@ -309,7 +309,6 @@ class _Probe:
         stages: list[list[_Trace]],
         layers: Sequence[Tensor],
         kind: str,
-        counts: dict[str, Any],
         in_windows: bool,
     ) -> TapLayout | None:
         """A module inside the last block of every stage; `None` if no block has it, or not all in one form."""
@@ -526,14 +525,14 @@ class _Probe:
             return None
         return self.image_size[0] // patch[0], self.image_size[1] // patch[1]
 
-    def _final_norm(self, last: Tensor, block: TapLayout, counts: dict[str, Any]) -> str | None:
+    def _final_norm(self, last: Tensor, cls_token: int | None) -> str | None:
         """The norm that reads the last layer: all of its tokens, or its CLS token alone, as in CLIP."""
         readers: dict[str, str] = {}
         for path, seen in self.norms.items():
             for value in seen:
                 if _same(value, last):
                     readers.setdefault("tokens", path)
-                elif counts["cls_token"] is not None and _same(value, last[:, counts["cls_token"]]):
+                elif cls_token is not None and _same(value, last[:, cls_token]):
                     readers.setdefault("cls", path)
         return readers.get("tokens") or readers.get("cls")
 

@@ -106,8 +106,8 @@ def extract_features(
         num_rows: of a stream, how many rows to take.
         fingerprint: of a stream, a name for the data and its version.
         process_index: which share of the shards this process does; by default the launcher's `RANK`.
-        num_processes: how many shares there are, by default the launcher's `WORLD_SIZE`; `1` where one process extracts while others wait for it, as under
-            `main_process_first`.
+        num_processes: how many shares there are, by default the launcher's `WORLD_SIZE`; `1` where one process extracts
+            while others wait for it, as under `main_process_first`.
         backbone_kwargs: passed to the backbone's forward.
 
     Returns:
