@@ -235,6 +235,7 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         labels: Tensor | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        token_statistics: Tensor | None = None,
         **backbone_kwargs: Any,
     ) -> LayerFusionOutput | tuple:
         """Classify images, or tokens that were extracted before.
@@ -245,6 +246,8 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
             labels: class indices `(B,)`, or floats `(B, C)` for multi-label, or `(B,)` or `(B, C)` for regression.
             output_attentions: also return the weight of each token, `(B, num_queries, num_heads, N)`.
             return_dict: `False` for a tuple.
+            token_statistics: `(B, N, 2)`, norm and standard deviation of each of the `layer_features`, as
+                `LayerFeatures.with_statistics` gives them; they spare attentive heads one pass over the tokens.
             backbone_kwargs: passed to the backbone's forward.
 
         Raises:
@@ -261,24 +264,30 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
                 f"layer_features has shape {tuple(layer_features.shape)}, but this head reads (batch, {expected[0]}, "
                 f"{expected[1]}): {expected[0]} tokens of width {expected[1]}"
             )
-        tokens = self._normalise(layer_features)
-        logits, attentions = self.head(tokens, output_attentions=True)
+        logits, attentions = self._run_head(layer_features, token_statistics)
         if logits.device.type == "cpu" and not torch.isfinite(logits).all():
             _refuse_bad_tokens(layer_features, self.config.token_names)
         loss = None if labels is None else classification_loss(self.config, logits, labels)
         output = LayerFusionOutput(loss, logits, attentions if output_attentions else None)
         return output.to_tuple() if return_dict is False else output
 
-    def _normalise(self, layer_features: Tensor) -> Tensor:
+    def _run_head(self, layer_features: Tensor, token_statistics: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        tokens = layer_features.to(self.head_device)
         dtype = next(self.head.parameters()).dtype
-        tokens = layer_features.to(device=self.head_device, dtype=dtype)
-        if self.config.token_normalization == "l2":
+        normalize = self.config.token_normalization == "l2"
+        is_noisy = self.training and self.config.noise_std > 0
+        if isinstance(self.head, AttentiveFusionHead) and not is_noisy and self.config.width_alignment == "pad":
+            if token_statistics is not None:
+                token_statistics = token_statistics.to(self.head_device)
+            return self.head(tokens, True, normalize=normalize, token_statistics=token_statistics)
+        tokens = tokens.to(dtype)
+        if normalize:
             tokens = F.normalize(tokens, dim=-1)
         tokens = self.token_projection(tokens)
-        if self.training and self.config.noise_std > 0:
+        if is_noisy:
             noisy = torch.rand(tokens.shape[0], 1, 1, device=tokens.device) < self.config.noise_probability
             tokens = tokens + noisy * torch.randn_like(tokens) * self.config.noise_std
-        return tokens
+        return self.head(tokens, output_attentions=True)
 
     # ---- files -------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_layerfusion import AttentiveFusionHead, LayerFusionError, LinearHead, ScalarMixHead
+from hf_layerfusion.features import token_statistics
+from hf_layerfusion.heads import attention
 from hf_layerfusion.heads.batch_norm import GlobalBatchNorm1d
 
 NUM_LABELS = 7
@@ -127,8 +129,10 @@ def build_pair(shape, implementation, num_queries, attention_dropout, dtype, tra
     return tensors, head.to(dtype).train(training)
 
 
-def run_both(tensors, head, tokens, training, attention_dropout):
+def run_both(tensors, head, tokens, training, attention_dropout, needs_token_gradient=True):
     """Forward and backward of both, with the same dropout mask.
+
+    Of cached tokens nobody needs the gradient: the fast head then works through blocks of rows.
 
     Returns:
         Two dicts of results with the same keys: logits, attentions, running statistics, and every gradient.
@@ -136,12 +140,14 @@ def run_both(tensors, head, tokens, training, attention_dropout):
     coefficients = torch.randn(
         tokens.shape[0], NUM_LABELS, generator=torch.Generator().manual_seed(3), dtype=torch.float64
     )
-    own_tokens = tokens.clone().requires_grad_()
+    own_tokens = tokens.clone().requires_grad_(needs_token_gradient)
     torch.manual_seed(11)
     logits, attentions = head(own_tokens, output_attentions=True)
-    (logits * coefficients.to(logits.dtype)).sum().backward()
+    ((logits * coefficients.to(logits.dtype)).sum() + attentions.square().sum()).backward()
     assert [name for name, parameter in head.named_parameters() if parameter.grad is None] == []
-    own = {"logits": logits, "attentions": attentions, "grad of tokens": own_tokens.grad}
+    own = {"logits": logits, "attentions": attentions}
+    if needs_token_gradient:
+        own["grad of tokens"] = own_tokens.grad
     own |= {f"grad of {name}": parameter.grad for name, parameter in head.named_parameters()}
     own |= {name: head.state_dict()[REFERENCE_TO_OWN[name]] for name in BUFFERS[:2]}
 
@@ -151,8 +157,10 @@ def run_both(tensors, head, tokens, training, attention_dropout):
     plain_tokens = tokens.to(torch.float64).requires_grad_()
     torch.manual_seed(11)
     logits, attentions = plain_head(tensors, plain_tokens, head.num_heads, training, attention_dropout)
-    (logits * coefficients).sum().backward()
-    plain = {"logits": logits, "attentions": attentions, "grad of tokens": plain_tokens.grad}
+    ((logits * coefficients).sum() + attentions.square().sum()).backward()
+    plain = {"logits": logits, "attentions": attentions}
+    if needs_token_gradient:
+        plain["grad of tokens"] = plain_tokens.grad
     plain |= {f"grad of {REFERENCE_TO_OWN[name]}": tensors[name].grad for name in tensors.keys() - set(BUFFERS)}
     plain |= {name: tensors[name] for name in BUFFERS[:2]}
     return own, plain
@@ -197,6 +205,112 @@ def test_attentive_head_equals_the_plain_implementation(implementation, shape, n
     tensors, head = build_pair(shape, implementation, num_queries, dropout, torch.float64, training)
     own, plain = run_both(tensors, head, unit_tokens(*shape[:2]), training, dropout)
     assert_same(own, plain, 1e-10, exactly_zero_gradients(training, dropout))
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Blocks of few rows, and the sizes of those that were worked on."""
+    sizes = []
+    split = attention._blocks
+
+    def note(tokens, num_probes):
+        found = split(tokens, num_probes)
+        sizes.append([len(tokens[block]) for block in found])
+        return found
+
+    monkeypatch.setattr(attention, "_blocks", note)
+    monkeypatch.setattr(attention, "BLOCK_BYTES", 40_000)
+    return sizes
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("num_queries", [1, 3])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_attentive_head_in_blocks_equals_the_plain_implementation(shape, num_queries, mode, blocks):
+    training, dropout = MODES[mode]
+    tensors, head = build_pair(shape, "fast", num_queries, dropout, torch.float64, training)
+    tokens = unit_tokens(*shape[:2])
+    own, plain = run_both(tensors, head, tokens, training, dropout, needs_token_gradient=False)
+    assert len(blocks) == 2, "the forward and the backward pass each go through the blocks once"
+    assert blocks[0] == blocks[1]
+    assert sum(blocks[0]) == BATCH_SIZE
+    assert len(blocks[0]) > 1 or shape[0] == 2, "nothing was learned about several blocks"
+    assert_same(own, plain, 1e-10, exactly_zero_gradients(training, dropout))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("needs_token_gradient", [True, False])
+@pytest.mark.parametrize("num_queries", [1, 3])
+@pytest.mark.parametrize(("num_heads", "folds"), [(1, True), (2, True), (3, True), (4, False)])
+def test_few_heads_fold_the_output_projection(num_heads, folds, num_queries, needs_token_gradient, mode, blocks):
+    training, dropout = MODES[mode]
+    tensors, head = build_pair((4, 48, num_heads), "fast", num_queries, dropout, torch.float64, training)
+    tokens = unit_tokens(4, 48, batch_size=150)
+    parameters = {name: parameter[None] for name, parameter in head.named_parameters()}
+    folded = attention.fold_parameters(parameters, num_heads, len(tokens) * num_queries, 1e-5)
+    assert (folded.output is None) == folds
+    own, plain = run_both(tensors, head, tokens, training, dropout, needs_token_gradient)
+    assert_same(own, plain, 1e-10, exactly_zero_gradients(training, dropout))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("given", [True, False], ids=["statistics given", "taken"])
+def test_normalisation_inside_the_head(dtype, given):
+    """Raw tokens, as they are cached, with their statistics or without, equal tokens that were normalised before."""
+    _, head = build_pair((24, 64, 24), "fast", 1, 0.0, torch.float32, training=False)
+    tokens = (unit_tokens(24, 64) * torch.linspace(0.1, 40, 24)[:, None]).to(dtype)
+    tokens[0, 0] = 0
+    statistics = token_statistics(tokens) if given else None
+    for normalize in (True, False):
+        expected_from = F.normalize(tokens.float(), dim=-1) if normalize else tokens.float()
+        expected = head(expected_from)
+        found = head(tokens, normalize=normalize, token_statistics=statistics)
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+        head.implementation = "explicit"
+        torch.testing.assert_close(head(tokens, normalize=normalize), expected, rtol=1e-4, atol=1e-4)
+        head.implementation = "fast"
+
+
+def test_no_gradient_of_a_second_order_is_given_silently():
+    head = AttentiveFusionHead(16, 4, NUM_LABELS)
+    loss = head(unit_tokens(4, 16, torch.float32)).square().sum()
+    (gradient,) = torch.autograd.grad(loss, head.v_proj.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("num_heads", [2, 24])
+def test_half_precision(num_heads, autocast):
+    """Under autocast and as a bfloat16 head: products in bfloat16, softmax and statistics in float32."""
+    _, head = build_pair((24, 64, num_heads), "fast", 1, 0.3, torch.float32, training=True)
+    tokens = unit_tokens(24, 64, torch.float16, batch_size=100)
+    torch.manual_seed(3)
+    expected = head(tokens, normalize=True)
+    if not autocast:
+        head = head.bfloat16()
+    torch.manual_seed(3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits, attentions = head(tokens, normalize=True, output_attentions=True)
+    assert attentions.dtype == torch.float32
+    assert 1e-4 < (logits.float() - expected).norm() / expected.norm() < 3e-2
+    logits.float().square().mean().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in head.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_without_graph_breaks(training):
+    _, head = build_pair((24, 64, 24), "fast", 1, 0.0, torch.float32, training)
+    tokens = unit_tokens(24, 64, torch.float32)
+    compiled = torch.compile(head, backend="aot_eager", fullgraph=True)
+    results = []
+    for run in (head, compiled):
+        head.zero_grad()
+        logits = run(tokens, normalize=True)
+        logits.square().sum().backward()
+        results.append([logits.detach(), *(parameter.grad.clone() for parameter in head.parameters())])
+    for eager, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, eager, rtol=1e-4, atol=1e-4 * max(1.0, eager.abs().max().item()))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import initialization as init
 
 from ..errors import LayerFusionError
+from .attention import attend, fold_parameters, token_scales
 from .batch_norm import GlobalBatchNorm1d
 
 # The reference's `AttentiveProbeModel` (lciernik/attentive-layer-fusion) on the left.
@@ -38,22 +40,16 @@ REFERENCE_NAMES = {
 class AttentiveFusionHead(nn.Module):
     """Learned queries attend over the bank; BatchNorm and a linear classifier read what they gather.
 
-    With tokens x_n (D), a learned query q, and LN(x) = g * (x - mean(x)) * r(x) + b, per attention head h:
+    With tokens x_n (D), a learned query q and three LayerNorms, per attention head h:
 
         p_hn = softmax_n( scale * (W_q,h LN_q(q)) . (W_k,h LN_k(x_n)) )
         o_h  = sum_n p_hn W_v,h LN_v(x_n)
         logits = W_c BatchNorm(W_o [o_1 ... o_H] + b_o) + b_c
 
-    `implementation="fast"` computes exactly this in another order. The query is a constant, so its product with W_k is
-    one vector per head, and LN's mean and bias fold into parameters:
-
-        u_h  = centre(g_k * W_k,h^T W_q,h LN_q(q)) * scale          score = r_n (x_n . u_h)   (b_k cancels in softmax)
-        o_h  = W'_h sum_n p_hn r_n x_n + (sum_n p_hn) W_v,h b_v     W'_h = centre_columns(W_v,h diag(g_v))
-
-    which replaces the two (B N D x 2D) products by products over pooled vectors. `implementation="explicit"` is the
-    textbook order. Both draw the same dropout mask from the same generator state. In float32 the fast order loses
-    digits if tokens carry a common offset far larger than their spread (1e-3 at 100 times); L2-normalised tokens of
-    vision backbones do not.
+    `implementation="fast"` computes exactly this in another order, which `attention.py` derives;
+    `implementation="explicit"` is the textbook order. Both draw the same dropout mask from the same generator state. In
+    float32 the fast order loses digits if tokens carry a common offset far larger than their spread (1e-3 at 100
+    times); tokens of vision backbones do not.
 
     Args:
         hidden_size: D, the width of a token.
@@ -129,55 +125,55 @@ class AttentiveFusionHead(nn.Module):
             if linear.bias is not None:
                 init.uniform_(linear.bias, -bound, bound)
 
-    def forward(self, tokens: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        tokens: Tensor,
+        output_attentions: bool = False,
+        *,
+        normalize: bool = False,
+        token_statistics: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Classify a batch of banks.
 
         Args:
-            tokens: `(B, N, D)`.
+            tokens: `(B, N, D)`, of any floating dtype: cached tokens need no copy in that of the head.
             output_attentions: also return the attention weights `(B, Q, H, N)`, before dropout.
+            normalize: divide each token by its L2 norm first. In the fast order this costs nothing.
+            token_statistics: `(B, N, 2)`, the L2 norm and the standard deviation of each token as given, as
+                `hf_layerfusion.features.token_statistics` computes them; they save the fast order one pass.
 
         Returns:
             Logits `(B, C)`, or `(logits, attentions)`.
         """
-        attend = self._attend_fast if self.implementation == "fast" else self._attend_explicit
-        gathered, attentions = attend(tokens)  # (B, Q, H * d), (B, Q, H, N)
-        projected = self.projection_dropout(self.out_proj(gathered))  # (B, Q, D)
-        logits = self.classifier(self.batch_norm(projected.flatten(1)))
+        if self.implementation == "fast":
+            projected, attentions = self._attend_fast(tokens, normalize, token_statistics)
+        else:
+            tokens = tokens.to(self.query.dtype)
+            projected, attentions = self._attend_explicit(F.normalize(tokens, dim=-1) if normalize else tokens)
+        logits = self.classifier(self.batch_norm(self.projection_dropout(projected).flatten(1)))
         return (logits, attentions) if output_attentions else logits
 
-    def _query_heads(self) -> Tensor:
-        return self.q_proj(self.norm_q(self.query[0])).unflatten(-1, (self.num_heads, self.head_dim))  # (Q, H, d)
-
-    def _attend_fast(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        key_weight = self.k_proj.weight.unflatten(0, (self.num_heads, self.head_dim))  # (H, d, D)
-        value_weight = self.v_proj.weight.unflatten(0, (self.num_heads, self.head_dim))  # (H, d, D)
-        probes = torch.einsum("qhd,hdc->qhc", self._query_heads(), key_weight) * (self.norm_k.weight * self.scale)
-        # b_k cancels in the softmax, but stays in the graph: its gradient is zero, not missing, which weight decay and
-        # distributed training rely on.
-        probes = probes + 0.0 * self.norm_k.bias
-        probes = (probes - probes.mean(dim=-1, keepdim=True)).flatten(0, 1)  # (Q * H, D)
-        values = value_weight * self.norm_v.weight
-        values = values - values.mean(dim=-1, keepdim=True)  # (H, d, D)
-
-        inverse_std = _inverse_std(tokens, self.norm_k.eps)  # (B, N, 1)
-        scores = (tokens @ probes.t().to(tokens.dtype)) * inverse_std  # (B, N, Q * H)
-        attentions = scores.transpose(1, 2).unflatten(1, (self.num_queries, self.num_heads)).softmax(dim=-1)
-        dropped = self.attention_dropout(attentions)  # (B, Q, H, N)
-        weights = dropped.flatten(1, 2) * inverse_std.transpose(1, 2)  # (B, Q * H, N)
-        pooled = (weights.to(tokens.dtype) @ tokens).unflatten(1, (self.num_queries, self.num_heads))  # (B, Q, H, D)
-        gathered = torch.einsum("bqhc,hdc->bqhd", pooled, values.to(pooled.dtype))
-        value_bias = (value_weight @ self.norm_v.bias).to(gathered.dtype)  # (H, d)
-        gathered = gathered + dropped.sum(dim=-1, keepdim=True).to(gathered.dtype) * value_bias
-        return gathered.flatten(2), attentions
+    def _attend_fast(self, tokens: Tensor, normalize: bool, statistics: Tensor | None) -> tuple[Tensor, Tensor]:
+        parameters = {name: parameter.unsqueeze(0) for name, parameter in self.named_parameters()}
+        folded = fold_parameters(parameters, self.num_heads, len(tokens) * self.num_queries, self.norm_k.eps)
+        scales = token_scales(tokens, normalize, self.norm_k.eps, statistics)
+        keep = None
+        if self.training and self.attention_dropout.p:
+            # In the shape of the explicit order, whose draws these are.
+            shape = (len(tokens), self.num_queries, self.num_heads, self.num_tokens)
+            keep = self.attention_dropout(scales.new_ones(shape)).flatten(1, 2).mT
+        projected, attentions = attend(folded, tokens, scales, self.num_queries, keep)
+        return projected.squeeze(0), attentions.mT.unflatten(1, (self.num_queries, self.num_heads))
 
     def _attend_explicit(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         heads = (self.num_heads, self.head_dim)
+        queries = self.q_proj(self.norm_q(self.query[0])).unflatten(-1, heads)  # (Q, H, d)
         keys = self.k_proj(self.norm_k(tokens)).unflatten(-1, heads)  # (B, N, H, d)
         values = self.v_proj(self.norm_v(tokens)).unflatten(-1, heads)  # (B, N, H, d)
-        scores = torch.einsum("qhd,bnhd->bqhn", self._query_heads() * self.scale, keys)
+        scores = torch.einsum("qhd,bnhd->bqhn", queries * self.scale, keys)
         attentions = scores.softmax(dim=-1)
         gathered = torch.einsum("bqhn,bnhd->bqhd", self.attention_dropout(attentions).to(values.dtype), values)
-        return gathered.flatten(2), attentions
+        return self.out_proj(gathered.flatten(2)), attentions
 
     def load_reference_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load a head trained with the paper's code, by its parameter names (see `REFERENCE_NAMES`).
@@ -198,11 +194,3 @@ class AttentiveFusionHead(nn.Module):
                     "check hidden_size, num_heads and num_labels"
                 )
         self.load_state_dict({REFERENCE_NAMES[name]: tensor for name, tensor in state_dict.items()})
-
-
-def _inverse_std(tokens: Tensor, eps: float) -> Tensor:
-    """`1 / sqrt(var(x) + eps)` per token, `(B, N, 1)`. From norm and mean: `torch.var` is ten times slower on CPU."""
-    wide = tokens if tokens.dtype == torch.float64 else tokens.float()
-    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / tokens.shape[-1]
-    variance = mean_square - wide.mean(dim=-1, keepdim=True).square()
-    return (variance.clamp_min(0) + eps).rsqrt()
