@@ -45,6 +45,31 @@ def classification_loss(config: LayerFusionConfig, logits: Tensor, labels: Tenso
     return F.binary_cross_entropy_with_logits(logits, targets)
 
 
+def stacked_loss(problem_type: str, logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """`classification_loss` of K heads over one batch.
+
+    Args:
+        problem_type: of all heads.
+        logits: `(K, B, C)`.
+        labels: as for `classification_loss`; none of them is -100.
+        class_weights: `(K, C)`, for single-label problems.
+
+    Returns:
+        `(K,)`.
+    """
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    if problem_type == "single_label_classification":
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none")
+        losses = losses.view(logits.shape[:2])  # (K, B)
+        if class_weights is None:
+            return losses.mean(dim=1)
+        weights = class_weights[:, labels]  # (K, B)
+        return (losses * weights).sum(dim=1) / weights.sum(dim=1)
+    targets = labels.to(logits.dtype).view(logits.shape[1:]).expand_as(logits)
+    loss = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
+    return loss(logits, targets, reduction="none").mean(dim=(1, 2))
+
+
 def check_labels(labels: Tensor, num_labels: int) -> None:
     """Refuse class indices outside 0 to C - 1 (-100 is ignored by the loss).
 

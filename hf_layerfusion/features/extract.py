@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -28,7 +27,16 @@ from ..backbones import execution_device
 from ..bank import TokenBank
 from ..errors import LayerFusionError
 from ..images import augment_image
-from .manifest import MANIFEST_NAME, STORAGE_DTYPES, Manifest, Shard, describe_difference, sha256_of, shard_file
+from .manifest import (
+    MANIFEST_NAME,
+    STORAGE_DTYPES,
+    Manifest,
+    Shard,
+    describe_difference,
+    own_file,
+    sha256_of,
+    shard_file,
+)
 from .source import Augmentation, Batch, Reader, StreamSource, TableSource
 from .store import FEATURES_COLUMN, LABEL_COLUMN, LayerFeatures
 
@@ -329,7 +337,7 @@ def _resume(folder: Path, wanted: Manifest, overwrite: bool, share: _Share) -> M
     if not (folder / MANIFEST_NAME).is_file():
         if records:
             raise LayerFusionError(f"{records[0]} belongs to a cache without {MANIFEST_NAME}: delete {folder}")
-        if share.index == 0 and folder.is_dir() and any(not _is_ours(file) for file in folder.iterdir()):
+        if share.index == 0 and folder.is_dir() and any(own_file(file) is None for file in folder.iterdir()):
             raise LayerFusionError(f"{folder} is not empty and holds no feature cache: give another folder")
         return wanted
     found = Manifest.load(folder)
@@ -345,14 +353,12 @@ def _resume(folder: Path, wanted: Manifest, overwrite: bool, share: _Share) -> M
         )
     if share.count > 1:
         raise LayerFusionError(f"several processes cannot replace a cache at once: delete {folder} before")
+    if own_file(folder / MANIFEST_NAME) is None:
+        raise LayerFusionError(f"{folder / MANIFEST_NAME} is a link, which is not replaced: give another folder")
     # The manifest last: until then, another run sees what the rest belongs to.
-    for file in sorted(filter(_is_ours, folder.iterdir()), key=lambda file: file.name == MANIFEST_NAME):
+    for file in sorted(filter(own_file, folder.iterdir()), key=lambda file: file.name == MANIFEST_NAME):
         file.unlink()
     return wanted
-
-
-def _is_ours(file: Path) -> bool:
-    return re.fullmatch(r"features(-\d{5,})?\.(arrow|json)(\.\d+\.tmp)?", file.name) is not None
 
 
 def _versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,7 @@ from ..bank import TokenBank
 from ..errors import LayerFusionError
 
 MANIFEST_NAME = "features.json"
+STATISTICS_NAME = "features-statistics.safetensors"
 FORMAT_VERSION = 2
 STORAGE_DTYPES = ("float16", "float32")
 
@@ -51,6 +53,37 @@ def shard_file(index: int) -> str:
 def record_file(index: int) -> str:
     """Beside a shard until the cache is complete: several processes write shards, and none of them waits."""
     return f"features-{index:05d}.json"
+
+
+@dataclass(frozen=True)
+class OwnFile:
+    """What a file in a cache's folder is, told from its name.
+
+    Attributes:
+        name: the one it has when it is whole.
+        index: of its shard; `None` for the manifest and the token statistics.
+        is_staged: it still has its temporary name.
+    """
+
+    name: str
+    index: int | None
+    is_staged: bool
+
+
+_OWN_NAME = re.compile(
+    rf"(features-([0-9]{{5,}})\.(?:arrow|json)|{re.escape(MANIFEST_NAME)}|{re.escape(STATISTICS_NAME)})(\.[0-9]+\.tmp)?"
+)
+
+
+def own_file(file: Path) -> OwnFile | None:
+    """What a file is to the cache in whose folder it is; `None` for folders, links, and names that no cache gives."""
+    match = _OWN_NAME.fullmatch(file.name)
+    if match is None or file.is_symlink() or not file.is_file():
+        return None
+    index = None if match[2] is None else int(match[2])
+    if index is not None and match[1] not in (shard_file(index), record_file(index)):
+        return None  # more zeros than a cache writes
+    return OwnFile(match[1], index, match[3] is not None)
 
 
 @dataclass
@@ -148,7 +181,13 @@ class Manifest:
         if not any(record.exists() for record in records):
             return  # a finished cache may be read-only
         self.save(folder)
-        for file in [*folder.glob("features*.tmp"), *records]:
+        # A process that was done before this one may be writing the statistics.
+        staged = [
+            file
+            for file in folder.iterdir()
+            if (own := own_file(file)) and own.is_staged and own.name != STATISTICS_NAME
+        ]
+        for file in [*staged, *records]:
             file.unlink(missing_ok=True)
 
     @classmethod

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from ..bank import TokenBank
 from ..errors import LayerFusionError
-from .manifest import MANIFEST_NAME, Manifest, Shard
+from .manifest import MANIFEST_NAME, STATISTICS_NAME, Manifest, Shard
+from .statistics import cache_statistics
 
 FEATURES_COLUMN = "layer_features"
 LABEL_COLUMN = "label"
+STATISTICS_COLUMN = "token_statistics"
 
 # Shards that are shuffled together: more mix better, fewer are read more nearly in sequence.
 CHUNKS_AT_ONCE = 8
@@ -38,17 +40,17 @@ class GatheredRows(Sequence):
         return len(self.batch[FEATURES_COLUMN])
 
     def __getitem__(self, index: Any) -> Any:
-        row: dict[str, Any] = {FEATURES_COLUMN: self.batch[FEATURES_COLUMN][index]}
-        if "labels" in self.batch:
-            row["labels"] = self.batch["labels"][index].tolist()
+        row: dict[str, Any] = {name: values[index] for name, values in self.batch.items()}
+        if "labels" in row:
+            row["labels"] = row["labels"].tolist()
         return row
 
 
 class LayerFeatures(torch.utils.data.Dataset):
     """Tokens `(rows, N, D)` and labels, as a map-style dataset that `Trainer` and `DataLoader` read directly.
 
-    Rows are `{"layer_features": (N, D) tensor, "labels": int}`. Open one with [`LayerFeatures.open`], or get one from
-    [`extract_features`].
+    Rows are `{"layer_features": (N, D) tensor, "labels": int}`, and after `with_statistics` they have
+    `"token_statistics": (N, 2) tensor` too. Open one with [`LayerFeatures.open`], or get one from [`extract_features`].
 
     Attributes:
         manifest: what the files hold and what shaped them.
@@ -73,6 +75,9 @@ class LayerFeatures(torch.utils.data.Dataset):
         self._takes_all_tokens = self._tokens == list(range(len(manifest.token_bank)))
         self._chunks = _map_chunks(dataset, len(manifest.token_bank), manifest.hidden_size)
         self._starts = np.cumsum([0] + [len(chunk) for chunk in self._chunks])
+        self._gives_statistics = False
+        # Of all rows and tokens, by device; shared by everything that is selected from these features.
+        self._statistics: dict[torch.device, Tensor] = {}
         has_labels = LABEL_COLUMN in dataset.column_names
         self.labels = _read_labels(dataset)[self._rows] if has_labels else None
 
@@ -131,7 +136,7 @@ class LayerFeatures(torch.utils.data.Dataset):
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **options: Any
     ) -> str:
-        """Upload the cache's files to a dataset repository, in one commit.
+        """Upload the cache's files to a dataset repository, in one commit, with the token statistics if they were taken.
 
         Args:
             options: for `HfApi.upload_folder` (`commit_message`, `revision`, `create_pr`).
@@ -146,7 +151,7 @@ class LayerFeatures(torch.utils.data.Dataset):
             raise LayerFusionError("only a whole cache can be pushed: push it before selecting rows or tokens")
         api = HfApi(token=token)
         repo = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-        files = [MANIFEST_NAME, *(shard.file for shard in self.manifest.shards)]
+        files = [MANIFEST_NAME, STATISTICS_NAME, *(shard.file for shard in self.manifest.shards)]
         options.setdefault("commit_message", "Upload layer features")
         commit = api.upload_folder(
             repo_id=repo.repo_id, repo_type="dataset", folder_path=self.folder, allow_patterns=files, **options
@@ -212,9 +217,48 @@ class LayerFeatures(torch.utils.data.Dataset):
 
     def to(self, device: str | torch.device) -> LayerFeatures:
         """The same features held in a device's memory, from which batches are gathered without a copy from the host."""
-        moved = LayerFeatures(self._dataset, self.manifest, self.bank, self._rows, self.folder)
+        moved = self._like(self.bank, self._rows)
         moved._chunks = [chunk.to(device) for chunk in self._chunks]
         return moved
+
+    def token_statistics(self) -> Tensor:
+        """L2 norm and population standard deviation of each token in view.
+
+        They are taken of the whole cache when they are first asked for, and kept in its folder if that can be written
+        to: other views, processes and runs find them there. A file that does not fit the cache's shards is replaced,
+        with a warning.
+
+        Returns:
+            `(rows, N, 2)`, float32, on the device of the features; `[..., 0]` is the norm.
+        """
+        return self._gather_statistics(self._rows)
+
+    def with_statistics(self) -> LayerFeatures:
+        """The same features, whose rows, batches and `tensors()` have `"token_statistics"` `(B, N, 2)`, float32, too.
+
+        What is selected from them has it as well. See `token_statistics`.
+        """
+        features = self._like(self.bank, self._rows)
+        features._gives_statistics = True
+        features._all_statistics()  # now, or each worker process of a DataLoader would take them
+        return features
+
+    def _gather_statistics(self, rows: np.ndarray) -> Tensor:
+        statistics = self._all_statistics()
+        gathered = statistics.index_select(0, torch.from_numpy(rows).to(statistics.device))
+        return gathered if self._takes_all_tokens else gathered[:, self._tokens]
+
+    def _all_statistics(self) -> Tensor:
+        """Of all rows and tokens of the cache, on the device of the features."""
+        host = torch.device("cpu")
+        if host not in self._statistics:
+            # Of the files, not of chunks that were moved: one result on all devices.
+            chunks = _map_chunks(self._dataset, len(self.manifest.bank), self.hidden_size)
+            self._statistics[host] = cache_statistics(chunks, self.manifest, self.folder)
+        device = self._chunks[0].device
+        if device not in self._statistics:
+            self._statistics[device] = self._statistics[host].to(device)
+        return self._statistics[device]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -224,7 +268,7 @@ class LayerFeatures(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> GatheredRows:
         """Several rows in one gather; `DataLoader` calls this."""
-        return GatheredRows(self._batch(np.asarray(indices, dtype=np.int64)))
+        return GatheredRows(self.batch(np.asarray(indices, dtype=np.int64)))
 
     def batches(
         self,
@@ -245,8 +289,9 @@ class LayerFeatures(torch.utils.data.Dataset):
             device: where batches go, through pinned memory if it is a CUDA device.
 
         Yields:
-            `{"layer_features": (B, N, D), "labels": (B, ...)}`. Unshuffled batches of the whole bank are views of the
-            file: do not write to them.
+            `{"layer_features": (B, N, D), "labels": (B, ...)}`, after `with_statistics` also
+            `"token_statistics": (B, N, 2)`. Unshuffled batches of the whole bank are views of the file: do not write
+            to them.
         """
         order = np.arange(len(self))
         if shuffle == "chunks":
@@ -260,10 +305,13 @@ class LayerFeatures(torch.utils.data.Dataset):
             if shuffle:
                 # Which rows come together is random; in the file's order they are gathered without a second copy.
                 index = index[np.argsort(self._rows[index], kind="stable")]
-            yield self._batch(index, device)  # held by no name here, so that it is freed before the next is read
+            yield self.batch(index, device)  # held by no name here, so that it is freed before the next is read
 
-    def _batch(self, index: np.ndarray, device: str | torch.device | None = None) -> dict[str, Tensor]:
+    def batch(self, index: np.ndarray, device: str | torch.device | None = None) -> dict[str, Tensor]:
+        """Some rows in the order given, as `batches` yields them."""
         batch = {FEATURES_COLUMN: self._gather(self._rows[index])}
+        if self._gives_statistics:
+            batch[STATISTICS_COLUMN] = self._gather_statistics(self._rows[index])
         if self.labels is not None:
             batch["labels"] = torch.from_numpy(self.labels[index])
         return batch if device is None else {name: _moved(value, device) for name, value in batch.items()}
@@ -354,6 +402,7 @@ class LayerFeatures(torch.utils.data.Dataset):
     def _like(self, bank: TokenBank, rows: np.ndarray) -> LayerFeatures:
         features = LayerFeatures(self._dataset, self.manifest, bank, rows, self.folder)
         features._chunks = self._chunks  # which may have been moved to a device
+        features._statistics, features._gives_statistics = self._statistics, self._gives_statistics
         return features
 
     def train_test_split(self, test_size: float | int, seed: int = 0) -> tuple[LayerFeatures, LayerFeatures]:
@@ -416,6 +465,15 @@ def _download(repo_id: str, options: dict[str, Any]) -> str:
         return snapshot_download(repo_id, repo_type="dataset", allow_patterns="features*", **options)
     except (OSError, ValueError) as error:
         raise LayerFusionError(f"{repo_id!r} is neither a folder nor a dataset on the Hub: {error}") from error
+
+
+def map_shard(folder: Path, shard: Shard, manifest: Manifest) -> list[Tensor]:
+    """The tokens of one shard, views `(rows, N, D)` of its file.
+
+    Raises:
+        LayerFusionError: if the file does not belong to its manifest.
+    """
+    return _map_chunks(_open_shard(folder, shard, manifest), len(manifest.bank), manifest.hidden_size)
 
 
 def _open_shard(folder: Path, shard: Shard, manifest: Manifest) -> Dataset:

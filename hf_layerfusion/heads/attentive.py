@@ -12,6 +12,7 @@ from transformers import initialization as init
 from ..errors import LayerFusionError
 from .attention import attend, fold_parameters, token_scales
 from .batch_norm import GlobalBatchNorm1d
+from .stack_inputs import StackInputs
 
 # The reference's `AttentiveProbeModel` (lciernik/attentive-layer-fusion) on the left.
 REFERENCE_NAMES = {
@@ -174,6 +175,39 @@ class AttentiveFusionHead(nn.Module):
         attentions = scores.softmax(dim=-1)
         gathered = torch.einsum("bqhn,bnhd->bqhd", self.attention_dropout(attentions).to(values.dtype), values)
         return self.out_proj(gathered.flatten(2)), attentions
+
+    def run_stack(
+        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], inputs: StackInputs
+    ) -> Tensor:
+        """K heads of this shape over one batch, in the fast order: logits `(K, B, C)`.
+
+        Args:
+            parameters: of all heads, by name, with a leading axis K.
+            buffers: likewise; running statistics are updated in place when training.
+            inputs: the batch.
+        """
+        tokens, scales = inputs.tokens, inputs.scales
+        if scales is None:
+            scales = token_scales(tokens, False, self.norm_k.eps)
+        folded = fold_parameters(parameters, self.num_heads, len(tokens) * self.num_queries, self.norm_k.eps)
+        projected, _ = attend(folded, tokens, scales, self.num_queries, inputs.attention_keep)  # (K, B, Q, D)
+        if inputs.projection_keep is not None:
+            projected = projected * inputs.projection_keep
+        # K heads with a norm each are one norm over K times as many channels.
+        channels = projected.flatten(2).transpose(0, 1).flatten(1)  # (B, K * Q * D)
+        normed = F.batch_norm(
+            channels,
+            buffers["batch_norm.running_mean"].view(-1),
+            buffers["batch_norm.running_var"].view(-1),
+            parameters["batch_norm.weight"].flatten(),
+            parameters["batch_norm.bias"].flatten(),
+            training=inputs.training and len(tokens) > 1,  # as `GlobalBatchNorm1d`
+            momentum=self.batch_norm.momentum,
+            eps=self.batch_norm.eps,
+        )
+        normed = normed.unflatten(1, (len(projected), -1)).transpose(0, 1)  # (K, B, Q * D)
+        bias = parameters["classifier.bias"][:, None]
+        return torch.baddbmm(bias, normed, parameters["classifier.weight"].mT)
 
     def load_reference_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load a head trained with the paper's code, by its parameter names (see `REFERENCE_NAMES`).

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 from transformers import initialization as init
+
+from .stack_inputs import StackInputs
 
 
 class LinearHead(nn.Module):
@@ -23,3 +27,11 @@ class LinearHead(nn.Module):
         """`(B, N, D)` to `(B, C)`; with `output_attentions` also `None`, since a linear probe has no weights to show."""
         logits = self.classifier(tokens.flatten(1))
         return (logits, None) if output_attentions else logits
+
+    def run_stack(
+        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], inputs: StackInputs
+    ) -> Tensor:
+        """K heads of this shape over one batch, in one product: logits `(K, B, C)`."""
+        weight = parameters["classifier.weight"]  # (K, C, N * D)
+        flat = inputs.tokens.flatten(1) @ weight.flatten(0, 1).mT  # (B, K * C)
+        return flat.unflatten(1, weight.shape[:2]).transpose(0, 1) + parameters["classifier.bias"][:, None]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..errors import LayerFusionError
+from .stack_inputs import StackInputs
 
 
 class ScalarMixHead(nn.Module):
@@ -45,3 +48,13 @@ class ScalarMixHead(nn.Module):
             return logits
         shares = (weights / self.num_pools).repeat_interleave(self.num_pools)
         return logits, shares.expand(tokens.shape[0], 1, 1, -1)
+
+    def run_stack(
+        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], inputs: StackInputs
+    ) -> Tensor:
+        """K heads of this shape over one batch: logits `(K, B, C)`."""
+        weights = parameters["layer_logits"].softmax(dim=-1) * parameters["gamma"]  # (K, T)
+        by_layer = inputs.tokens.unflatten(1, (-1, self.num_pools))  # (B, T, P, D)
+        mixed = torch.einsum("kt,btpd->kbpd", weights.to(by_layer.dtype), by_layer).flatten(2)
+        bias = parameters["classifier.bias"][:, None]
+        return torch.baddbmm(bias, mixed, parameters["classifier.weight"].mT)

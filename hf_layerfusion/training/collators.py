@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LayerFusionError
-from ..features.store import GatheredRows
+from ..features.store import STATISTICS_COLUMN, GatheredRows
 from ..images import decode_image, process_image, stack_images
 from ..losses import check_labels
 
@@ -23,7 +23,8 @@ class LayerFeatureCollator:
     """Rows of cached features to `{"layer_features": (B, N, D), "labels": (B,) or (B, C)}`.
 
     Takes rows of [`LayerFeatures`] and of its `datasets.Dataset`, whose tokens are flat lists of `N * D` numbers. The
-    rows' dtype is kept; lists become float32. Rows without labels give a batch without.
+    rows' dtype is kept; lists become float32. Rows without labels give a batch without. Rows that have
+    `"token_statistics"` (see [`LayerFeatures.with_statistics`]) give a batch with them, `(B, N, 2)`.
 
     Args:
         num_tokens: N.
@@ -37,20 +38,26 @@ class LayerFeatureCollator:
         """Collate a batch.
 
         Raises:
-            LayerFusionError: for tokens of another shape, and labels that are missing in some rows or out of range.
+            LayerFusionError: for tokens or statistics of another shape, statistics that some rows lack, and labels that
+                are missing in some rows or out of range.
         """
         if isinstance(rows, GatheredRows):
             self._tokens(rows[0])
+            if STATISTICS_COLUMN in rows.batch:
+                self._statistics(rows[0])
             labels = rows.batch.get("labels")
             checked = {} if labels is None else {"labels": _checked_labels(labels, self.num_labels)}
-            return {"layer_features": rows.batch["layer_features"], **checked}
+            return {**rows.batch, **checked}
         tokens = [self._tokens(row) for row in rows]  # B of (N, D)
         if len({row.shape for row in tokens}) > 1:
             raise LayerFusionError(
                 f"rows of one batch have features of shapes {sorted({tuple(row.shape) for row in tokens})}: "
                 "extract them with one backbone and one bank"
             )
-        return {"layer_features": torch.stack(tokens), **_collate_labels(rows, LABEL_COLUMNS, self.num_labels)}
+        batch = {"layer_features": torch.stack(tokens)}
+        if any(STATISTICS_COLUMN in row for row in rows):
+            batch[STATISTICS_COLUMN] = torch.stack([self._statistics(row) for row in rows])
+        return {**batch, **_collate_labels(rows, LABEL_COLUMNS, self.num_labels)}
 
     def _tokens(self, row: Row) -> Tensor:
         if "layer_features" not in row:
@@ -64,6 +71,20 @@ class LayerFeatureCollator:
                 "select the head's tokens with features.select_bank(model.config.bank)"
             )
         return tokens
+
+    def _statistics(self, row: Row) -> Tensor:
+        if STATISTICS_COLUMN not in row:
+            raise LayerFusionError(
+                f"some rows of one batch have {STATISTICS_COLUMN!r} and some have not: call with_statistics() on all of "
+                "the features they come from"
+            )
+        statistics = _as_tensor(row[STATISTICS_COLUMN])
+        if statistics.shape != (self.num_tokens, 2):
+            raise LayerFusionError(
+                f"a row has {STATISTICS_COLUMN} of shape {tuple(statistics.shape)}, which are not norm and standard "
+                f"deviation of {self.num_tokens} tokens: take them with features.with_statistics()"
+            )
+        return statistics
 
 
 class ImageCollator:

@@ -79,6 +79,8 @@ def build_trainer(
     train_features.check(config.num_labels if is_single_label else None)
     if balance_classes and is_single_label:
         config.class_weights = class_weights(train_features.labels, config.num_labels)
+    if config.head_type == "attentive":
+        train_features = train_features.with_statistics()
     recipe = RECIPES[config.recipe]
     batch_size = batch_size or default_batch_size(len(train_features))
     arguments = TrainingArguments(
@@ -95,6 +97,8 @@ def build_trainer(
             "seed": seed,
             "save_strategy": "no",
             "report_to": "none",
+            # Removing columns would take a gathered batch apart into rows.
+            "remove_unused_columns": False,
             **training_arguments,
         }
     )

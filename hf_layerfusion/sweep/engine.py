@@ -1,0 +1,570 @@
+"""Train many heads at once: every batch is read once, and every head takes its step on it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import EvalPrediction
+from transformers.utils import logging
+
+from ..bank import TokenBank
+from ..configuration_layer_fusion import LayerFusionConfig
+from ..errors import LayerFusionError
+from ..features import LayerFeatures
+from ..heads.attention import token_scales
+from ..training.metrics import build_compute_metrics
+from ..training.run import MAX_GRADIENT_NORM, MIN_LEARNING_RATE
+from .settings import Setting
+from .stack import Draws, HeadStack, Trial, shape_of, state_bytes
+
+logger = logging.get_logger(__name__)
+
+EVALUATION_BATCH = 2048
+# Points of a learning curve, where nothing depends on it: evaluation after every epoch costs a tenth of the training.
+CURVE_POINTS = 20
+# Heads that go through one stack. On a CPU, more only push each other out of the cache (docs/benchmarks.md).
+HEADS_AT_ONCE_ON_CPU = 1
+# Successive halving: after this share of the epochs, this share of the settings goes on.
+RUNGS = ((0.15, 0.5), (0.3, 0.25), (0.6, 0.1))
+# What training needs beside the heads' states: batches, activations, and whatever else the machine does.
+MEMORY_SHARE = 0.6
+# Smaller is better in these metrics.
+LOSSES = ("mse", "mae")
+_LAYER_NORM_EPS = 1e-5
+
+
+@dataclass
+class Protocol:
+    """What all trials of one run share.
+
+    Attributes:
+        num_epochs: of the cosine schedule.
+        stop_after: epochs after which all heads stop; `None` to train to the schedule's end.
+        batch_size: rows per step.
+        metric: a name that `build_compute_metrics` gives.
+        patience: epochs without a better score after which a head stops; `None` to train all to the end.
+        halving: drop the worse settings at `RUNGS`.
+        heads_at_once: heads per stack; `None` for what fits the device.
+        max_memory: bytes for parameters, gradients and moments; `None` for a share of what is free.
+        device: to train on.
+        dtype: of the heads.
+        autocast: of the products, such as `"bfloat16"`; `None` for none.
+    """
+
+    num_epochs: int
+    batch_size: int
+    stop_after: int | None = None
+    metric: str = "balanced_accuracy"
+    patience: int | None = None
+    halving: bool = False
+    heads_at_once: int | None = None
+    max_memory: int | None = None
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+    autocast: str | None = None
+
+    def evaluation_epochs(self) -> list[int]:
+        """Counted from 1; the last is always among them."""
+        if self.patience is not None:
+            return list(range(1, self.last_epoch + 1))
+        points = {math.ceil(self.last_epoch * (i + 1) / CURVE_POINTS) for i in range(CURVE_POINTS)}
+        return sorted(points | set(self.rungs()))
+
+    @property
+    def last_epoch(self) -> int:
+        return self.stop_after or self.num_epochs
+
+    def rungs(self) -> dict[int, float]:
+        """The share of the settings that goes on after an epoch."""
+        return {max(1, round(after * self.num_epochs)): share for after, share in RUNGS} if self.halving else {}
+
+
+@dataclass
+class TrialRun:
+    """What became of one trial.
+
+    Attributes:
+        epochs: those after which it was evaluated, counted from 1.
+        scores: the metric on the validation rows then, larger is better.
+        losses: mean training loss of those epochs.
+        epochs_trained: how many it was trained for.
+        stopped: why it did not go on to the end: `"patience"`, `"halving"` or `"diverged"`.
+    """
+
+    epochs: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    epochs_trained: int = 0
+    stopped: str | None = None
+
+    @property
+    def score(self) -> float:
+        """At the end; if training was stopped for want of a better one, the best. NaN if it diverged or was dropped."""
+        if not self.scores or self.stopped in ("diverged", "halving"):
+            return math.nan
+        return max(self.scores) if self.stopped == "patience" else self.scores[-1]
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch of `score`."""
+        if self.stopped == "patience":
+            return self.epochs[int(np.argmax(self.scores))]
+        return self.epochs_trained
+
+
+def learning_rate_at(step: int, num_steps: int, learning_rate: float) -> float:
+    """Cosine from `learning_rate` to 1e-6 without warm-up, as the reference and `cosine_with_min_lr` of transformers."""
+    lowest = min(MIN_LEARNING_RATE, learning_rate)
+    return lowest + (learning_rate - lowest) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+
+
+@dataclass
+class Rows:
+    """The rows of one fold, and the class weights of its training rows."""
+
+    train: LayerFeatures
+    validation: LayerFeatures | None
+    class_weights: list[float] | None
+
+
+class _Workspace:
+    """Large arrays that are used again: fresh memory costs more than what is written to it."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+        size = math.prod(shape)
+        array = self._arrays.get(name)
+        if array is None or array.numel() < size or array.dtype != dtype or array.device != like.device:
+            array = self._arrays[name] = torch.empty(size, dtype=dtype, device=like.device)
+        return array[:size].view(shape)
+
+
+@dataclass(frozen=True)
+class _View:
+    """How some heads see the batch: which tokens, how normalised, with what noise."""
+
+    tokens: tuple[int, ...]
+    width: int
+    normalization: str
+    noise_std: float
+    noise_probability: float
+
+
+class Engine:
+    """Trains trials and keeps what is needed to go on after a kill.
+
+    Args:
+        trials: what to train.
+        configs: of the head of each setting.
+        rows: of each fold.
+        protocol: what they share.
+        checkpoint: file that keeps the state; `None` to keep none.
+        save_seconds: the state is saved after an epoch if this long has passed since the last time.
+        keep_states: whether the trained heads are wanted.
+        progress: show a bar.
+    """
+
+    def __init__(
+        self,
+        trials: Sequence[Trial],
+        configs: Mapping[Setting, LayerFusionConfig],
+        rows: Sequence[Rows],
+        protocol: Protocol,
+        *,
+        checkpoint: Path | None = None,
+        save_seconds: float = 60.0,
+        keep_states: bool = False,
+        identity: str = "",
+        progress: bool = True,
+    ):
+        self.trials, self.configs, self.rows, self.protocol = list(trials), dict(configs), list(rows), protocol
+        self.checkpoint, self.save_seconds, self.keep_states = checkpoint, save_seconds, keep_states
+        self.progress = progress
+        self.identity = identity
+        self.bank = TokenBank(())
+        for config in self.configs.values():
+            self.bank |= config.bank
+        self.runs = {trial: TrialRun() for trial in self.trials}
+        self.states: dict[Trial, dict[str, Tensor]] = {}
+        self._workspace = _Workspace()
+        self._views = {setting: self._view(config) for setting, config in self.configs.items()}
+
+    def run(self) -> dict[Trial, TrialRun]:
+        """Train everything that is not finished."""
+        if not self.trials:
+            return self.runs
+        waves = self._waves()
+        if len(waves) > 1:
+            logger.warning(
+                f"{len(self.trials)} heads do not fit the memory at once: they are trained in {len(waves)} rounds of up "
+                f"to {max(map(len, waves))}"
+            )
+        start = self._load()
+        total = sum(self._steps_per_epoch(trial.fold) for trial in self.trials) * self.protocol.last_epoch
+        with tqdm(total=total, desc="heads x steps", unit="step", unit_scale=True, disable=not self.progress) as bar:
+            for number, wave in enumerate(waves):
+                if number < start.wave:
+                    bar.update(sum(self._steps_per_epoch(t.fold) for t in wave) * self.protocol.last_epoch)
+                    continue
+                self._train(number, wave, start if number == start.wave else _Start(number), bar)
+        self._save(_Start(len(waves)), [])
+        return self.runs
+
+    # ---- plan ----------------------------------------------------------------------------------------------------
+
+    def _view(self, config: LayerFusionConfig) -> _View:
+        noise = (config.noise_std, config.noise_probability) if config.noise_std else (0.0, 0.0)
+        tokens = tuple(self.bank.positions_of(config.bank))
+        return _View(tokens, config.hidden_size, config.token_normalization, *noise)
+
+    def _waves(self) -> list[list[Trial]]:
+        """Trials that are trained at the same time: as many as the memory holds."""
+        limit = self.protocol.max_memory or int(MEMORY_SHARE * _free_memory(self.protocol.device))
+        sizes = {setting: state_bytes(config, self.protocol.dtype) for setting, config in self.configs.items()}
+        waves: list[list[Trial]] = [[]]
+        used = 0
+        for trial in self.trials:
+            size = sizes[trial.setting]
+            if size > limit:
+                raise LayerFusionError(
+                    f"one head needs {size / 1e9:.2f} GB while it is trained, but only {limit / 1e9:.2f} GB may be used: "
+                    "raise max_memory, or choose fewer or narrower tokens"
+                )
+            if waves[-1] and used + size > limit:
+                waves.append([])
+                used = 0
+            waves[-1].append(trial)
+            used += size
+        # Halving compares settings, so all of them must be there.
+        if len(waves) > 1 and self.protocol.halving:
+            raise LayerFusionError(
+                f"strategy='halving' needs all {len(self.trials)} heads in memory at once, and they do not fit: "
+                "raise max_memory, or use strategy='merged'"
+            )
+        return waves
+
+    def _stacks(self, wave: Sequence[Trial]) -> list[HeadStack]:
+        alike: dict[tuple, list[Trial]] = {}
+        for trial in wave:
+            config = self.configs[trial.setting]
+            key = (trial.fold, trial.seed, shape_of(config), self._views[trial.setting])
+            alike.setdefault(key, []).append(trial)
+        at_once = self.protocol.heads_at_once
+        if at_once is None:
+            at_once = HEADS_AT_ONCE_ON_CPU if self.protocol.device.type == "cpu" else len(wave)
+        stacks = []
+        for trials in alike.values():
+            for first in range(0, len(trials), at_once):
+                part = trials[first : first + at_once]
+                weights = self.rows[part[0].fold].class_weights
+                stacks.append(
+                    HeadStack(
+                        part,
+                        [self.configs[trial.setting] for trial in part],
+                        None if weights is None else torch.tensor(weights, device=self.protocol.device),
+                        self.protocol.device,
+                        self.protocol.dtype,
+                    )
+                )
+        return stacks
+
+    def _steps_per_epoch(self, fold: int) -> int:
+        return math.ceil(len(self.rows[fold].train) / self.protocol.batch_size)
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    def _train(self, number: int, wave: Sequence[Trial], start: _Start, bar: tqdm) -> None:
+        stacks = self._stacks([trial for trial in wave if self.runs[trial].stopped is None])
+        for stack in stacks:
+            step = start.epoch * self._steps_per_epoch(stack.trials[0].fold)
+            if start.epoch:
+                stack.load_state({name: start.take(stack, name) for name in stack.state()}, step)
+            else:
+                stack.attach_optimizer(0)
+        bar.update(sum(self._steps_per_epoch(trial.fold) for trial in wave) * start.epoch)
+        evaluation_epochs, rungs = set(self.protocol.evaluation_epochs()), self.protocol.rungs()
+        saved = time.monotonic()
+        for epoch in range(start.epoch, self.protocol.last_epoch):
+            jobs: dict[tuple[int, int], list[HeadStack]] = {}
+            for stack in stacks:
+                jobs.setdefault((stack.trials[0].fold, stack.trials[0].seed), []).append(stack)
+            losses: dict[Trial, float] = {}
+            for (fold, seed), members in jobs.items():
+                losses |= self._train_epoch(epoch, fold, seed, members, bar)
+            done = epoch + 1
+            for trial in losses:
+                self.runs[trial].epochs_trained = done
+            if done in evaluation_epochs:
+                for (fold, _), members in jobs.items():
+                    self._evaluate(done, fold, members, losses)
+                stacks = self._drop(stacks, rungs.get(done), done)
+            if not stacks:
+                break
+            if done < self.protocol.last_epoch and time.monotonic() - saved >= self.save_seconds:
+                self._save(_Start(number, done), stacks)
+                saved = time.monotonic()
+        if self.keep_states:
+            for stack in stacks:
+                self.states |= {trial: stack.head_state(position) for position, trial in enumerate(stack.trials)}
+
+    def _train_epoch(
+        self, epoch: int, fold: int, seed: int, stacks: Sequence[HeadStack], bar: tqdm
+    ) -> dict[Trial, float]:
+        steps = self._steps_per_epoch(fold)
+        num_steps = steps * self.protocol.num_epochs
+        # Where they lie, so that reading the losses does not stall a GPU in each step.
+        sums: list[Tensor | float] = [0.0] * len(stacks)
+        for number, batch in enumerate(self._batches(self.rows[fold].train, epoch, seed)):
+            step = epoch * steps + number
+            draws = Draws(seed, step, self.protocol.device)
+            seen: dict[_View, tuple[Tensor, Tensor | None]] = {}
+            for position, stack in enumerate(stacks):
+                view = self._views[stack.trials[0].setting]
+                if view not in seen:
+                    seen[view] = self._prepare(batch["layer_features"], view, draws, len(seen))
+                tokens, scales = seen[view]
+                rates = [learning_rate_at(step, num_steps, t.setting.learning_rate) for t in stack.trials]
+                with self._autocast():
+                    inputs = stack.inputs(tokens, scales, draws)
+                    sums[position] += stack.train_step(inputs, batch["labels"], rates, MAX_GRADIENT_NORM)
+                bar.update(len(stack))
+        losses: dict[Trial, float] = {}
+        for stack, total in zip(stacks, sums, strict=True):
+            means = (torch.as_tensor(total) / steps).tolist()
+            losses |= dict(zip(stack.trials, means, strict=True))
+        return losses
+
+    def _batches(self, features: LayerFeatures, epoch: int, seed: int) -> Iterator[dict[str, Tensor]]:
+        """In the order in which `Trainer` goes through them."""
+        sampler = SeedableRandomSampler(range(len(features)), data_seed=seed, generator=torch.Generator())
+        sampler.set_epoch(epoch)
+        order = np.fromiter(sampler, dtype=np.int64, count=len(features))
+        for start in range(0, len(order), self.protocol.batch_size):
+            # Which rows come together is random; in the file's order they are gathered without a second copy.
+            index = np.sort(order[start : start + self.protocol.batch_size])
+            yield features.batch(index, self.protocol.device)
+
+    def _prepare(self, raw: Tensor, view: _View, draws: Draws | None, number: int) -> tuple[Tensor, Tensor | None]:
+        """Normalised tokens of one view, with noise where `draws` are given, and their scales."""
+        if len(view.tokens) < raw.shape[1] or view.tokens != tuple(range(raw.shape[1])):
+            raw = raw[:, list(view.tokens)]
+        raw = raw[..., : view.width]
+        tokens = self._workspace.take(f"tokens {number}", tuple(raw.shape), raw, self.protocol.dtype)
+        tokens.copy_(raw)
+        if view.normalization == "l2":
+            tokens.div_(torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).clamp_min_(1e-12))
+        if draws is not None and view.noise_std:
+            hit = draws.uniform("noisy rows", (len(tokens),)) < view.noise_probability
+            index = hit.nonzero().flatten()
+            noise = self._workspace.take("noise", (len(index), *tokens.shape[1:]), tokens, tokens.dtype)
+            noise.normal_(generator=draws.generator("noise"))
+            tokens.index_add_(0, index, noise, alpha=view.noise_std)
+        return tokens, token_scales(tokens, False, _LAYER_NORM_EPS)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = getattr(torch, self.protocol.autocast or "bfloat16")
+        return torch.autocast(self.protocol.device.type, dtype, enabled=self.protocol.autocast is not None)
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    def _evaluate(self, epoch: int, fold: int, stacks: Sequence[HeadStack], losses: Mapping[Trial, float]) -> None:
+        validation = self.rows[fold].validation
+        scores = {} if validation is None else self._scores(validation, stacks)
+        for trial in (trial for stack in stacks for trial in stack.trials):
+            run = self.runs[trial]
+            run.epochs.append(epoch)
+            run.losses.append(losses[trial])
+            if validation is not None:
+                run.scores.append(scores[trial])
+            if not math.isfinite(losses[trial]) or (validation is not None and math.isnan(scores[trial])):
+                run.stopped = "diverged"
+
+    @torch.no_grad()
+    def _scores(self, features: LayerFeatures, stacks: Sequence[HeadStack]) -> dict[Trial, float]:
+        meters = [Meter(self.protocol.metric, stack.configs[0], len(stack)) for stack in stacks]
+        for start in range(0, len(features), EVALUATION_BATCH):
+            index = np.arange(start, min(start + EVALUATION_BATCH, len(features)))
+            batch = features.batch(index, self.protocol.device)
+            seen: dict[_View, tuple[Tensor, Tensor | None]] = {}
+            for stack, meter in zip(stacks, meters, strict=True):
+                view = self._views[stack.trials[0].setting]
+                if view not in seen:
+                    seen[view] = self._prepare(batch["layer_features"], view, None, len(seen))
+                with self._autocast():
+                    meter.add(stack.logits(stack.evaluation_inputs(*seen[view])), batch["labels"])
+        return {
+            trial: score
+            for stack, meter in zip(stacks, meters, strict=True)
+            for trial, score in zip(stack.trials, meter.scores(), strict=True)
+        }
+
+    def _drop(self, stacks: Sequence[HeadStack], share: float | None, epoch: int) -> list[HeadStack]:
+        """The stacks without heads that diverged, stopped getting better, or belong to the worse settings."""
+        patience = self.protocol.patience
+        for trial in (trial for stack in stacks for trial in stack.trials):
+            run = self.runs[trial]
+            if patience is None or run.stopped is not None or not run.scores or epoch == self.protocol.last_epoch:
+                continue
+            if epoch - run.epochs[int(np.argmax(run.scores))] >= patience:
+                run.stopped = "patience"
+        if share is not None:
+            self._halve(share)
+        kept = []
+        for stack in stacks:
+            alive = [position for position, trial in enumerate(stack.trials) if self.runs[trial].stopped is None]
+            if 0 < len(alive) < len(stack):
+                stack.keep(alive, epoch * self._steps_per_epoch(stack.trials[0].fold))
+            if alive:
+                kept.append(stack)
+        return kept
+
+    def _halve(self, share: float) -> None:
+        """Stop the settings whose mean score over seeds and folds is not among the best."""
+        settings = list(dict.fromkeys(trial.setting for trial in self.trials))
+        means = {}
+        for setting in settings:
+            members = [run for trial, run in self.runs.items() if trial.setting == setting]
+            if all(run.stopped is None for run in members):
+                means[setting] = float(np.mean([run.scores[-1] for run in members]))
+        best = sorted(means, key=lambda setting: -means[setting])[: max(1, math.ceil(share * len(settings)))]
+        for trial, run in self.runs.items():
+            if run.stopped is None and trial.setting not in best:
+                run.stopped = "halving"
+
+    # ---- state ---------------------------------------------------------------------------------------------------
+
+    def _save(self, where: _Start, stacks: Sequence[HeadStack]) -> None:
+        if self.checkpoint is None:
+            return
+        tensors: dict[str, Tensor] = {}
+        for stack in stacks:
+            for position, trial in enumerate(stack.trials):
+                key = self.trials.index(trial)
+                tensors |= {f"{key}/{name}": value[position].contiguous() for name, value in stack.state().items()}
+        for trial, state in self.states.items():
+            tensors |= {f"{self.trials.index(trial)}/final/{name}": value for name, value in state.items()}
+        record = {
+            "identity": self.identity,
+            "wave": where.wave,
+            "epoch": where.epoch,
+            "runs": [asdict(self.runs[trial]) for trial in self.trials],
+        }
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        staged = self.checkpoint.with_name(f"{self.checkpoint.name}.{os.getpid()}.tmp")
+        save_file(tensors, staged, metadata={"sweep": json.dumps(record)})
+        staged.replace(self.checkpoint)
+
+    def _load(self) -> _Start:
+        if self.checkpoint is None or not self.checkpoint.exists():
+            return _Start()
+        try:
+            with safe_open(self.checkpoint, framework="pt") as file:
+                record = json.loads(file.metadata()["sweep"])
+                tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            logger.warning(f"the state {self.checkpoint} cannot be read ({error}): the sweep begins anew")
+            return _Start()
+        if record["identity"] != self.identity:
+            logger.warning(f"the state {self.checkpoint} is of another sweep: it begins anew")
+            return _Start()
+        self.runs = {trial: TrialRun(**run) for trial, run in zip(self.trials, record["runs"], strict=True)}
+        numbers = {trial: number for number, trial in enumerate(self.trials)}
+        for trial, number in numbers.items():
+            prefix = f"{number}/final/"
+            final = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            if final:
+                self.states[trial] = final
+        logger.info(f"the sweep goes on from {self.checkpoint}, after epoch {record['epoch']}")
+        return _Start(record["wave"], record["epoch"], tensors, numbers)
+
+
+@dataclass
+class _Start:
+    """Where a run begins, or began again."""
+
+    wave: int = 0
+    epoch: int = 0
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    numbers: dict[Trial, int] = field(default_factory=dict)
+
+    def take(self, stack: HeadStack, name: str) -> Tensor:
+        return torch.stack([self.tensors[f"{self.numbers[trial]}/{name}"] for trial in stack.trials])
+
+
+class Meter:
+    """The metric of K heads over batches of validation rows.
+
+    Accuracy and balanced accuracy are counted as the batches go by; anything else `build_compute_metrics` computes, for
+    one head after the other, from all logits.
+    """
+
+    def __init__(self, metric: str, config: LayerFusionConfig, num_heads: int):
+        self.metric, self.config = metric, config
+        is_single = config.problem_type == "single_label_classification"
+        self.counts = is_single and metric in ("accuracy", "balanced_accuracy")
+        self.hits: Tensor | None = None  # (K, C)
+        self.rows: Tensor | None = None  # (C,)
+        self.is_finite = torch.ones(num_heads, dtype=torch.bool)
+        self.logits: list[Tensor] = []
+        self.labels: list[Tensor] = []
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """`(K, B, C)` and `(B, ...)`."""
+        self.is_finite = self.is_finite.to(logits.device) & torch.isfinite(logits).flatten(1).all(dim=1)
+        if not self.counts:
+            self.logits.append(logits.float().cpu())
+            self.labels.append(labels.cpu())
+            return
+        if self.hits is None or self.rows is None:
+            self.hits = logits.new_zeros(len(logits), self.config.num_labels, dtype=torch.long)
+            self.rows = torch.zeros_like(self.hits[0])
+        right = (logits.argmax(dim=-1) == labels).long()  # (K, B)
+        self.hits.scatter_add_(1, labels.expand_as(right), right)
+        self.rows.index_add_(0, labels, torch.ones_like(labels))
+
+    def scores(self) -> list[float]:
+        """One per head, larger is better; NaN where a logit was not finite."""
+        if self.hits is not None and self.rows is not None:
+            hits, rows = self.hits.double(), self.rows.double()
+            if self.metric == "accuracy":
+                values = hits.sum(dim=1) / rows.sum()
+            else:
+                present = rows > 0
+                values = (hits[:, present] / rows[present]).mean(dim=1)
+            found = values.tolist()
+        else:
+            compute = build_compute_metrics(self.config)
+            labels, logits = torch.cat(self.labels).numpy(), torch.cat(self.logits, dim=1).numpy()
+            found = [self._measure(compute, one, labels) for one in logits]
+        return [score if finite else math.nan for score, finite in zip(found, self.is_finite.tolist(), strict=True)]
+
+    def _measure(self, compute: Any, logits: np.ndarray, labels: np.ndarray) -> float:
+        if not np.isfinite(logits).all():
+            return math.nan
+        metrics = compute(EvalPrediction(predictions=logits, label_ids=labels))
+        if self.metric not in metrics:
+            raise LayerFusionError(f"metric {self.metric!r} is unknown: choose from {', '.join(metrics)}")
+        return -metrics[self.metric] if self.metric in LOSSES else metrics[self.metric]
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

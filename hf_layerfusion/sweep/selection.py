@@ -1,0 +1,90 @@
+"""Which rows are trained on and validated on, and which setting is chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import LayerFusionError
+from ..features import LayerFeatures
+from .settings import Setting
+
+
+def split_rows(
+    features: LayerFeatures,
+    *,
+    validation_size: float,
+    num_folds: int | None,
+    seed: int,
+    groups: Sequence[Any] | None = None,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Training and validation rows: of one split, or of each of `num_folds` folds.
+
+    Stratified by class where the labels are classes. Rows of one group stay together.
+
+    Raises:
+        LayerFusionError: if the rows cannot be split so.
+    """
+    from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold, train_test_split
+
+    rows = np.arange(len(features))
+    labels = features.labels
+    is_classes = labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu"
+    if groups is not None and len(groups) != len(rows):
+        raise LayerFusionError(f"groups has {len(groups)} entries, but there are {len(rows)} rows: give one per row")
+    if num_folds is None and not 0 < validation_size < 1:
+        raise LayerFusionError(
+            f"validation_size={validation_size} is no share of the rows: use more than 0, less than 1"
+        )
+    if num_folds is not None and (type(num_folds) is not int or num_folds < 2):
+        raise LayerFusionError(f"num_folds={num_folds!r}: use 2 or more, or None for one validation split")
+    try:
+        if num_folds is None and groups is None:
+            stratify = labels if is_classes else None
+            train, held_out = train_test_split(rows, test_size=validation_size, random_state=seed, stratify=stratify)
+            return [(np.sort(train), np.sort(held_out))]
+        count = num_folds or max(2, round(1 / validation_size))
+        if groups is None:
+            folder = (StratifiedKFold if is_classes else KFold)(count, shuffle=True, random_state=seed)
+        elif is_classes:
+            folder = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
+        else:
+            folder = GroupKFold(count)
+        folds = list(folder.split(rows, labels if is_classes else None, groups))
+    except ValueError as error:
+        raise LayerFusionError(
+            f"{len(rows)} rows cannot be split for validation ({error}): add rows, or change validation_size or num_folds"
+        ) from error
+    if any(not len(part) for fold in folds for part in fold):
+        raise LayerFusionError(f"{len(rows)} rows cannot be split for validation: one side of a split would be empty")
+    return folds if num_folds else folds[:1]
+
+
+def choose(scores: Mapping[Setting, Sequence[float]]) -> Setting:
+    """The setting with the best mean score; of equal ones, the one with the stronger regularisation.
+
+    Stronger is: more weight decay, then more attention dropout, then more noise, then a smaller learning rate.
+
+    Raises:
+        LayerFusionError: if no setting has a finite score.
+    """
+    finite = {setting: float(np.mean(values)) for setting, values in scores.items() if np.isfinite(values).all()}
+    if not finite:
+        raise LayerFusionError(
+            "every setting of the sweep diverged: its losses or logits are not finite; try smaller learning rates"
+        )
+
+    def rank(setting: Setting) -> tuple:
+        strength = (setting.weight_decay, setting.attention_dropout or 0.0, setting.noise_std, -setting.learning_rate)
+        # Means of folds differ in their last digits where the scores are the same.
+        return (round(finite[setting], 9), *strength)
+
+    return max(finite, key=rank)
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation of a sample; NaN of fewer than two."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
