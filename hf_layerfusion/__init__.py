@@ -9,6 +9,7 @@ from .features import LayerFeatures, extract_features
 from .heads import AttentiveFusionHead, LinearHead, ScalarMixHead
 from .modeling_layer_fusion import LayerFusionOutput, ViTForAttentiveLayerFusionClassification
 from .recipes import RECIPES, Recipe
+from .sweep import SweepResult, sweep
 from .version import __version__
 
 AutoConfig.register(LayerFusionConfig.model_type, LayerFusionConfig, exist_ok=True)
@@ -24,9 +25,11 @@ __all__ = [
     "LinearHead",
     "Recipe",
     "ScalarMixHead",
+    "SweepResult",
     "TokenBank",
     "TokenCoordinate",
     "ViTForAttentiveLayerFusionClassification",
     "__version__",
     "extract_features",
+    "sweep",
 ]

@@ -35,6 +35,7 @@ from .errors import LayerFusionError
 from .heads import AttentiveFusionHead, LinearHead, ScalarMixHead, WidthProjection, build_parts
 from .hub.cards import build_card
 from .losses import classification_loss
+from .noise import add_noise_
 from .probe import describe_backbone
 from .reader import read_bank
 
@@ -277,7 +278,9 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         normalize = self.config.token_normalization == "l2"
         is_noisy = self.training and self.config.noise_std > 0
         if isinstance(self.head, AttentiveFusionHead) and not is_noisy and self.config.width_alignment == "pad":
-            if token_statistics is not None:
+            if dtype == torch.float64:
+                tokens, token_statistics = tokens.double(), None  # which are float32
+            elif token_statistics is not None:
                 token_statistics = token_statistics.to(self.head_device)
             return self.head(tokens, True, normalize=normalize, token_statistics=token_statistics)
         tokens = tokens.to(dtype)
@@ -285,8 +288,10 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
             tokens = F.normalize(tokens, dim=-1)
         tokens = self.token_projection(tokens)
         if is_noisy:
-            noisy = torch.rand(tokens.shape[0], 1, 1, device=tokens.device) < self.config.noise_probability
-            tokens = tokens + noisy * torch.randn_like(tokens) * self.config.noise_std
+            if tokens.data_ptr() == layer_features.data_ptr():
+                tokens = tokens.clone()  # a caller's tokens are not changed
+            uniform = torch.rand(len(tokens), device=tokens.device)
+            tokens = add_noise_(tokens, self.config.noise_std, self.config.noise_probability, uniform)
         return self.head(tokens, output_attentions=True)
 
     # ---- files -------------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""The command line: `layerfusion extract | train | evaluate | predict | explain | info`."""
+"""The command line: `layerfusion info | extract | cache | sweep | train | evaluate | predict | explain`."""

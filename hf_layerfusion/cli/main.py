@@ -8,14 +8,16 @@ from collections.abc import Sequence
 
 from ..errors import LayerFusionError
 from ..version import __version__
-from . import cache, evaluate, explain, extract, info, predict, train
+from . import cache, evaluate, explain, extract, info, predict, sweep, train
+from .options import OptionsError
 
-COMMANDS = (info, extract, cache, train, evaluate, predict, explain)
+COMMANDS = (info, extract, cache, sweep, train, evaluate, predict, explain)
 
 EPILOG = """\
 a first session:
   layerfusion info facebook/dinov2-small
   layerfusion train --backbone facebook/dinov2-small --dataset path/to/images --output_dir my-head
+  layerfusion train --backbone facebook/dinov2-small --dataset path/to/images --output_dir best-head --sweep paper
   layerfusion predict --model my-head picture.png
   layerfusion explain --model my-head --dataset path/to/images --output_dir my-head/attention
 
@@ -51,11 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         arguments.run(arguments)
+    except OptionsError as error:
+        print(f"layerfusion {arguments.command}: {error}", file=sys.stderr)
+        return 2
     except (LayerFusionError, OSError) as error:  # such as a full disk, or a folder that may not be read
         print(f"layerfusion {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; finished shards of features are kept", file=sys.stderr)
+        print("\ninterrupted; finished shards of features are kept, and a sweep's last saved state", file=sys.stderr)
         return 130
     return 0
 

@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,6 +17,7 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from ..bank import TokenBank
 from ..configuration_layer_fusion import WIDTH_ALIGNMENTS
 from ..data import label_options, open_dataset, prepare_splits, resize_processor
 from ..errors import LayerFusionError
@@ -30,6 +31,10 @@ from ..recipes import RECIPES
 from ..training.collators import ImageCollator
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+class OptionsError(LayerFusionError):
+    """Options that do not go together: exit status 2, as for those that argparse refuses."""
 
 
 def number(
@@ -52,11 +57,29 @@ def number(
     return parse
 
 
-def add_dataset_options(parser: argparse.ArgumentParser) -> None:
+def whole_numbers(text: str) -> list[int]:
+    """An argparse type: whole numbers from 0 up, separated by commas."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 0,1,2")
+    return [int(part) for part in parts]
+
+
+def given_options(arguments: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """Those of the options that were given, of such whose default is `None` or `False`; 0 is a value."""
+    return [name for name in names if (value := getattr(arguments, name)) is not None and value is not False]
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that speaks for all under `accelerate launch`."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def add_dataset_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     group = parser.add_argument_group("images")
     group.add_argument(
         "--dataset",
-        required=True,
+        required=required,
         help="Hub id, folder of images (folder/class/picture.png, or with train/ and test/ above), or saved dataset; "
         "without a test split, a fifth of the training images is held out, always the same ones",
     )
@@ -75,11 +98,16 @@ def add_batch_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup) 
     )
 
 
-def add_backbone_options(parser: argparse.ArgumentParser) -> None:
+def add_backbone_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     group = parser.add_argument_group("backbone and tokens")
-    group.add_argument("--backbone", required=True, help="Hub id or folder of a vision model")
+    group.add_argument("--backbone", required=required, help="Hub id or folder of a vision model")
     group.add_argument("--revision", help="branch, tag or commit of the backbone; the commit is pinned in the head")
-    group.add_argument("--recipe", default="alf", metavar="NAME", help=f"one of {', '.join(RECIPES)} (default: alf)")
+    group.add_argument(
+        "--recipe",
+        default="alf",
+        metavar="NAME",
+        help=f"one of {', '.join(RECIPES)}; a sweep takes several, with commas between them (default: alf)",
+    )
     group.add_argument(
         "--layers",
         help="all, last, a:b, spaced:n, or numbers such as 3,6,12 (0: embeddings; negative numbers count from the end "
@@ -158,26 +186,32 @@ def open_split(arguments: argparse.Namespace) -> tuple[Dataset, str, str]:
     return splits[arguments.split].cast_column(image_column, Image(decode=False)), image_column, label_column
 
 
-def build_model(
-    arguments: argparse.Namespace, labels: Dataset, label_column: str, **overrides: Any
-) -> ViTForAttentiveLayerFusionClassification:
-    """A new head for the dataset's labels on the backbone that was asked for."""
-    _check_device(arguments.device)
+def token_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for of the tokens, where it is not the recipe's to say."""
+    options: dict[str, Any] = {}
     for option in ("modules", "pools"):
         if value := getattr(arguments, option):
-            overrides[option] = [part.strip() for part in value.split(",")]
-    if arguments.layers:
-        overrides["layers"] = arguments.layers
-    if arguments.width_alignment:
-        overrides["width_alignment"] = arguments.width_alignment
+            options[option] = [part.strip() for part in value.split(",")]
+    for option in ("layers", "width_alignment"):
+        if value := getattr(arguments, option):
+            options[option] = value
+    return options
+
+
+def build_model(
+    arguments: argparse.Namespace, labels: Dataset, label_column: str, *, recipe: str | None = None, **overrides: Any
+) -> ViTForAttentiveLayerFusionClassification:
+    """A new head for the dataset's labels on the backbone that was asked for; `recipe` overrules the one asked for."""
+    check_device(arguments.device)
     model = ViTForAttentiveLayerFusionClassification.from_backbone(
         arguments.backbone,
-        recipe=arguments.recipe,
+        recipe=recipe or arguments.recipe,
         revision=arguments.revision,
         dtype=getattr(torch, arguments.dtype),
         num_prefix_tokens=arguments.num_prefix_tokens,
         grid_size=arguments.grid_size,
         **label_options(labels, label_column),
+        **token_options(arguments),
         **overrides,
     )
     if arguments.image_size:
@@ -205,8 +239,12 @@ def extract_splits(
     folder: Path,
     image_column: str,
     label_column: str,
+    bank: TokenBank | None = None,
 ) -> dict[str, LayerFeatures]:
-    """One feature cache per split, in folders named after them; small splits first, so that bad ones show early."""
+    """One feature cache per split, in folders named after them; small splits first, so that bad ones show early.
+
+    They hold the model's tokens, or those of `bank`.
+    """
     return {
         split: extract_features(
             model,
@@ -214,6 +252,7 @@ def extract_splits(
             folder / split,
             image_column=image_column,
             label_column=label_column,
+            bank=bank,
             batch_size=arguments.batch_size,
             num_workers=arguments.num_workers,
             dtype=arguments.feature_dtype,
@@ -228,7 +267,7 @@ def extract_splits(
 
 def open_model(arguments: argparse.Namespace) -> ViTForAttentiveLayerFusionClassification:
     """The saved head that was asked for, with its backbone."""
-    _check_device(arguments.device)
+    check_device(arguments.device)
     try:
         model = ViTForAttentiveLayerFusionClassification.from_pretrained(
             arguments.model, **({"backbone": arguments.backbone} if arguments.backbone else {})
@@ -242,7 +281,8 @@ def open_model(arguments: argparse.Namespace) -> ViTForAttentiveLayerFusionClass
     return model.to(arguments.device)
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
+    """Refuse a device that this machine lacks, before the long work."""
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # unknown name; build without support for it

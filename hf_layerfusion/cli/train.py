@@ -2,31 +2,71 @@
 
 Extracts features once into OUTPUT_DIR/features, trains with transformers' Trainer, and writes the head, its card and
 metrics.json to OUTPUT_DIR. Without a test split, a fifth of the training images is held out.
+
+With --sweep, learning rate, weight decay and the rest are chosen first, on a part of the training images, and the head
+is trained with them on all of those (see `layerfusion sweep --help`, which also shows a grid file):
+
+  layerfusion train --backbone facebook/dinov2-small --dataset path/to/images --output_dir my-head --sweep paper
+
+The sweep's own files go to OUTPUT_DIR/sweep. After a kill, the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from transformers import set_seed
+from transformers import Trainer, set_seed
 
+from ..features import LayerFeatures
+from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
+from ..sweep import Setting
 from ..training import build_trainer
 from .options import (
+    OptionsError,
     add_backbone_options,
     add_cache_options,
     add_dataset_options,
     add_device_option,
     build_model,
     extract_splits,
+    given_options,
+    is_main_process,
     measure,
     number,
     open_splits,
     output_folder,
 )
+from .sweep import (
+    SEARCH_OPTIONS,
+    Found,
+    add_search_options,
+    chosen_head,
+    chosen_values,
+    dataset_name,
+    describe,
+    grid_settings,
+    hyperparameters,
+    search,
+    union_bank,
+)
+
+# Options that a sweep takes out of one's hands, and what to use in their place.
+_CHOSEN_BY_SWEEP = {
+    "learning_rate": "a grid file with learning_rate",
+    "weight_decay": "a grid file with weight_decay",
+    "attention_dropout": "a grid file with attention_dropout",
+    "noise_std": "a grid file with noise_std",
+    "no_class_weights": "a grid file with balance_classes: false",
+    "seed": "--seeds",
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -49,23 +89,81 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--attention_dropout", type=float, help="on the weights of the layers")
     group.add_argument("--noise_std", type=float, help="on the tokens; the paper trains with 0.05")
     group.add_argument("--no_class_weights", action="store_true", help="do not balance the classes in the loss")
-    group.add_argument("--seed", type=int, default=0, help="of first weights, order, dropout and noise (default: 0)")
+    group.add_argument("--seed", type=int, help="of first weights, order, dropout and noise (default: 0)")
+    group = add_search_options(parser)
+    group.add_argument(
+        "--sweep",
+        metavar="GRID",
+        help="choose the settings first: paper (63 of an attentive recipe), fast (12), or a YAML or JSON file; --recipe "
+        "may then name several, such as alf,linear-all",
+    )
     add_device_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    settings = _settings(arguments)
     folder = output_folder("--output_dir", arguments.output_dir)
-    caches = output_folder("--features_dir", arguments.features_dir) if arguments.features_dir else folder / "features"
+    caches = output_folder("--features_dir", arguments.features_dir or str(folder / "features"))
     splits, image_column, label_column = open_splits(arguments)
     overrides = {
         option: value
         for option in ("attention_dropout", "noise_std")
         if (value := getattr(arguments, option)) is not None
     }
-    set_seed(arguments.seed)
-    model = build_model(arguments, splits["train"], label_column, **overrides)
+    set_seed(arguments.seed or 0)
+    recipe = settings[0].recipe if settings else arguments.recipe
+    model = build_model(arguments, splits["train"], label_column, recipe=recipe, **overrides)
+    bank = union_bank(arguments, model, settings) if settings else None
     wanted = {split: splits[split] for split in ("train", "test")}
-    features = extract_splits(arguments, model, wanted, caches, image_column, label_column)
+    features = extract_splits(arguments, model, wanted, caches, image_column, label_column, bank)
+    trained = (
+        _choose_and_train(arguments, model, features, folder / "sweep", settings)
+        if settings
+        else _train(arguments, model, features)
+    )
+    if is_main_process():
+        _save(arguments, trained, features, folder)
+
+
+def _settings(arguments: argparse.Namespace) -> list[Setting]:
+    """The settings to choose from; none without `--sweep`."""
+    if not arguments.sweep:
+        if given := given_options(arguments, (*SEARCH_OPTIONS, "overwrite_sweep")):
+            shown = {"max_memory": "max_memory_gb"}.get(given[0], given[0])
+            raise OptionsError(f"--{shown} is an option of a sweep: add --sweep paper, fast or FILE.yaml")
+        return []
+    if given := given_options(arguments, _CHOSEN_BY_SWEEP):
+        raise OptionsError(
+            f"--{given[0]} contradicts --sweep, which chooses it: leave it out, or use {_CHOSEN_BY_SWEEP[given[0]]}"
+        )
+    if arguments.num_train_epochs is not None and not float(arguments.num_train_epochs).is_integer():
+        raise OptionsError(f"--num_train_epochs {arguments.num_train_epochs}: a sweep trains whole epochs")
+    if arguments.width_alignment == "project":
+        raise OptionsError("--width_alignment project gives every head tokens of its own, which a sweep cannot share")
+    return grid_settings(arguments, arguments.sweep)
+
+
+@dataclass
+class _Trained:
+    """A head, its test metrics, and what its card and metrics.json say of the training.
+
+    `seconds` is `None` where a finished sweep was found.
+    """
+
+    model: ViTForAttentiveLayerFusionClassification
+    metrics: dict[str, float]
+    seconds: float | None
+    hyperparameters: dict[str, Any]
+    found: Found | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def _train(
+    arguments: argparse.Namespace,
+    model: ViTForAttentiveLayerFusionClassification,
+    features: Mapping[str, LayerFeatures],
+) -> _Trained:
+    """One head, with the settings that were given."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         trainer = build_trainer(
@@ -77,29 +175,81 @@ def run(arguments: argparse.Namespace) -> None:
             weight_decay=arguments.weight_decay,
             num_train_epochs=arguments.num_train_epochs,
             batch_size=arguments.train_batch_size,
-            seed=arguments.seed,
+            seed=arguments.seed or 0,
             balance_classes=not arguments.no_class_weights,
             use_cpu=arguments.device == "cpu",
         )
         trainer.train()
         seconds = time.perf_counter() - start
         metrics = measure(trainer)
-    dataset = Path(arguments.dataset)
-    model.training_summary = {
-        "dataset": dataset.resolve().name if dataset.exists() else arguments.dataset,
+    values = {
+        "learning rate": trainer.args.learning_rate,
+        "weight decay": trainer.args.weight_decay,
+        "epochs": trainer.args.num_train_epochs,
+        "batch size": trainer.args.per_device_train_batch_size,
+        "training images": len(features["train"]),
+        "seed": arguments.seed or 0,
+    }
+    return _Trained(model, metrics, seconds, values)
+
+
+def _choose_and_train(
+    arguments: argparse.Namespace,
+    model: ViTForAttentiveLayerFusionClassification,
+    features: Mapping[str, LayerFeatures],
+    folder: Path,
+    settings: list[Setting],
+) -> _Trained:
+    """The head of a sweep over the training rows; the test rows are read once, at the end."""
+    epochs = arguments.num_train_epochs
+    found = search(
+        arguments, features["train"], folder, settings, model, num_epochs=None if epochs is None else int(epochs)
+    )
+    result = found.result
+    head = chosen_head(arguments, model, result)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer: Trainer = build_trainer(
+            head,
+            features["train"],
+            scratch,
+            eval_features=features["test"],
+            balance_classes=result.best.balance_classes,
+            use_cpu=arguments.device == "cpu",
+        )
+        metrics = measure(trainer)
+    extra = {
+        "setting": chosen_values(result),
+        "validation": {
+            "metric": result.metric,
+            "mean": result.best_score,
+            "std": None if math.isnan(result.best_score_std) else result.best_score_std,
+            **result.protocol["validation"],
+        },
+        "settings": result.protocol["settings"],
+        "strategy": result.protocol["strategy"],
+        "seed": next(iter(result.heads)),
+    }
+    return _Trained(head, metrics, found.seconds, hyperparameters(result), found, {"sweep": extra})
+
+
+def _save(
+    arguments: argparse.Namespace, trained: _Trained, features: Mapping[str, LayerFeatures], folder: Path
+) -> None:
+    metrics = trained.metrics
+    trained.model.training_summary = {
+        "dataset": dataset_name(arguments),
         "split": "test",
         "metrics": {name: value for name, value in metrics.items() if name != "loss"},
-        "hyperparameters": {
-            "learning rate": trainer.args.learning_rate,
-            "weight decay": trainer.args.weight_decay,
-            "epochs": trainer.args.num_train_epochs,
-            "batch size": trainer.args.per_device_train_batch_size,
-            "training images": len(features["train"]),
-            "seed": arguments.seed,
-        },
+        "hyperparameters": trained.hyperparameters,
     }
-    model.save_pretrained(folder)
-    report = {**metrics, "train_seconds": round(seconds, 2), "test_images": len(features["test"])}
+    trained.model.save_pretrained(folder)
+    report: dict[str, Any] = {**metrics, "test_images": len(features["test"]), **trained.extra}
+    took = ""
+    if trained.seconds is not None:
+        report["train_seconds"] = round(trained.seconds, 2)
+        took = f" (trained in {trained.seconds:.1f} s)"
     (folder / "metrics.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if trained.found is not None:
+        print(describe(trained.found))
     shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    print(f"test: {shown}\nhead saved to {folder} (trained in {seconds:.1f} s)")
+    print(f"test: {shown}\nhead saved to {folder}{took}")

@@ -200,6 +200,11 @@ class LayerFeatures(torch.utils.data.Dataset):
         return self.manifest.source_rows[self._rows] % self.manifest.num_images
 
     @property
+    def cache_rows(self) -> np.ndarray:
+        """For each row in view, its row in the cache."""
+        return self._rows
+
+    @property
     def num_views(self) -> int:
         """Augmented views per image."""
         return self.manifest.num_views

@@ -27,6 +27,7 @@ from ..configuration_layer_fusion import LayerFusionConfig
 from ..errors import LayerFusionError
 from ..features import LayerFeatures
 from ..heads.attention import token_scales
+from ..noise import add_noise_
 from ..training.metrics import build_compute_metrics
 from ..training.run import MAX_GRADIENT_NORM, MIN_LEARNING_RATE
 from .settings import Setting
@@ -39,8 +40,8 @@ EVALUATION_BATCH = 2048
 CURVE_POINTS = 20
 # Heads that go through one stack. On a CPU, more only push each other out of the cache (docs/benchmarks.md).
 HEADS_AT_ONCE_ON_CPU = 1
-# Successive halving: after this share of the epochs, this share of the settings goes on.
-RUNGS = ((0.15, 0.5), (0.3, 0.25), (0.6, 0.1))
+# Successive halving: at this point of the curve, this share of the settings goes on.
+RUNGS = ((3, 0.5), (6, 0.25), (12, 0.1))
 # What training needs beside the heads' states: batches, activations, and whatever else the machine does.
 MEMORY_SHARE = 0.6
 # Smaller is better in these metrics.
@@ -74,7 +75,7 @@ class Protocol:
     halving: bool = False
     heads_at_once: int | None = None
     max_memory: int | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     autocast: str | None = None
 
@@ -82,8 +83,10 @@ class Protocol:
         """Counted from 1; the last is always among them."""
         if self.patience is not None:
             return list(range(1, self.last_epoch + 1))
-        points = {math.ceil(self.last_epoch * (i + 1) / CURVE_POINTS) for i in range(CURVE_POINTS)}
-        return sorted(points | set(self.rungs()))
+        return sorted({self._epoch_at(point) for point in range(1, CURVE_POINTS + 1)})
+
+    def _epoch_at(self, point: int) -> int:
+        return math.ceil(self.last_epoch * point / CURVE_POINTS)
 
     @property
     def last_epoch(self) -> int:
@@ -91,7 +94,7 @@ class Protocol:
 
     def rungs(self) -> dict[int, float]:
         """The share of the settings that goes on after an epoch."""
-        return {max(1, round(after * self.num_epochs)): share for after, share in RUNGS} if self.halving else {}
+        return {self._epoch_at(point): share for point, share in RUNGS} if self.halving else {}
 
 
 @dataclass
@@ -142,6 +145,11 @@ class Rows:
     class_weights: list[float] | None
 
 
+def _with_bank(rows: Rows, bank: TokenBank) -> Rows:
+    validation = None if rows.validation is None else rows.validation.select_bank(bank)
+    return Rows(rows.train.select_bank(bank), validation, rows.class_weights)
+
+
 class _Workspace:
     """Large arrays that are used again: fresh memory costs more than what is written to it."""
 
@@ -178,6 +186,8 @@ class Engine:
         checkpoint: file that keeps the state; `None` to keep none.
         save_seconds: the state is saved after an epoch if this long has passed since the last time.
         keep_states: whether the trained heads are wanted.
+        identity: of the sweep: a state of another one is refused, or with `overwrite` replaced.
+        overwrite: see `identity`.
         progress: show a bar.
     """
 
@@ -192,15 +202,17 @@ class Engine:
         save_seconds: float = 60.0,
         keep_states: bool = False,
         identity: str = "",
+        overwrite: bool = False,
         progress: bool = True,
     ):
-        self.trials, self.configs, self.rows, self.protocol = list(trials), dict(configs), list(rows), protocol
+        self.trials, self.configs, self.protocol = list(trials), dict(configs), protocol
         self.checkpoint, self.save_seconds, self.keep_states = checkpoint, save_seconds, keep_states
         self.progress = progress
-        self.identity = identity
+        self.identity, self.overwrite = identity, overwrite
         self.bank = TokenBank(())
         for config in self.configs.values():
             self.bank |= config.bank
+        self.rows = [_with_bank(fold, self.bank) for fold in rows]
         self.runs = {trial: TrialRun() for trial in self.trials}
         self.states: dict[Trial, dict[str, Tensor]] = {}
         self._workspace = _Workspace()
@@ -210,21 +222,21 @@ class Engine:
         """Train everything that is not finished."""
         if not self.trials:
             return self.runs
-        waves = self._waves()
+        start = self._load()
+        waves = start.waves or self._waves()
         if len(waves) > 1:
             logger.warning(
                 f"{len(self.trials)} heads do not fit the memory at once: they are trained in {len(waves)} rounds of up "
                 f"to {max(map(len, waves))}"
             )
-        start = self._load()
         total = sum(self._steps_per_epoch(trial.fold) for trial in self.trials) * self.protocol.last_epoch
         with tqdm(total=total, desc="heads x steps", unit="step", unit_scale=True, disable=not self.progress) as bar:
             for number, wave in enumerate(waves):
                 if number < start.wave:
                     bar.update(sum(self._steps_per_epoch(t.fold) for t in wave) * self.protocol.last_epoch)
                     continue
-                self._train(number, wave, start if number == start.wave else _Start(number), bar)
-        self._save(_Start(len(waves)), [])
+                self._train(wave, start if number == start.wave else _Start(number, waves=waves), bar)
+        self._save(_Start(len(waves), waves=waves), [])
         return self.runs
 
     # ---- plan ----------------------------------------------------------------------------------------------------
@@ -261,6 +273,7 @@ class Engine:
         return waves
 
     def _stacks(self, wave: Sequence[Trial]) -> list[HeadStack]:
+        """The wave in stacks, cut the same way whoever has stopped since."""
         alike: dict[tuple, list[Trial]] = {}
         for trial in wave:
             config = self.configs[trial.setting]
@@ -269,16 +282,19 @@ class Engine:
         at_once = self.protocol.heads_at_once
         if at_once is None:
             at_once = HEADS_AT_ONCE_ON_CPU if self.protocol.device.type == "cpu" else len(wave)
+        dtype = torch.promote_types(self.protocol.dtype, torch.float32)
         stacks = []
         for trials in alike.values():
             for first in range(0, len(trials), at_once):
-                part = trials[first : first + at_once]
+                part = [t for t in trials[first : first + at_once] if self.runs[t].stopped is None]
+                if not part:
+                    continue
                 weights = self.rows[part[0].fold].class_weights
                 stacks.append(
                     HeadStack(
                         part,
                         [self.configs[trial.setting] for trial in part],
-                        None if weights is None else torch.tensor(weights, device=self.protocol.device),
+                        None if weights is None else torch.tensor(weights, dtype=dtype, device=self.protocol.device),
                         self.protocol.device,
                         self.protocol.dtype,
                     )
@@ -290,14 +306,15 @@ class Engine:
 
     # ---- training ------------------------------------------------------------------------------------------------
 
-    def _train(self, number: int, wave: Sequence[Trial], start: _Start, bar: tqdm) -> None:
-        stacks = self._stacks([trial for trial in wave if self.runs[trial].stopped is None])
+    def _train(self, wave: Sequence[Trial], start: _Start, bar: tqdm) -> None:
+        stacks = self._stacks(wave)
         for stack in stacks:
             step = start.epoch * self._steps_per_epoch(stack.trials[0].fold)
             if start.epoch:
                 stack.load_state({name: start.take(stack, name) for name in stack.state()}, step)
             else:
                 stack.attach_optimizer(0)
+        start.tensors.clear()
         bar.update(sum(self._steps_per_epoch(trial.fold) for trial in wave) * start.epoch)
         evaluation_epochs, rungs = set(self.protocol.evaluation_epochs()), self.protocol.rungs()
         saved = time.monotonic()
@@ -318,7 +335,7 @@ class Engine:
             if not stacks:
                 break
             if done < self.protocol.last_epoch and time.monotonic() - saved >= self.save_seconds:
-                self._save(_Start(number, done), stacks)
+                self._save(_Start(start.wave, done, waves=start.waves), stacks)
                 saved = time.monotonic()
         if self.keep_states:
             for stack in stacks:
@@ -371,11 +388,8 @@ class Engine:
         if view.normalization == "l2":
             tokens.div_(torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).clamp_min_(1e-12))
         if draws is not None and view.noise_std:
-            hit = draws.uniform("noisy rows", (len(tokens),)) < view.noise_probability
-            index = hit.nonzero().flatten()
-            noise = self._workspace.take("noise", (len(index), *tokens.shape[1:]), tokens, tokens.dtype)
-            noise.normal_(generator=draws.generator("noise"))
-            tokens.index_add_(0, index, noise, alpha=view.noise_std)
+            uniform = draws.uniform("noisy rows", (len(tokens),))
+            add_noise_(tokens, view.noise_std, view.noise_probability, uniform, draws.generator("noise"))
         return tokens, token_scales(tokens, False, _LAYER_NORM_EPS)
 
     def _autocast(self) -> torch.autocast:
@@ -437,15 +451,12 @@ class Engine:
 
     def _halve(self, share: float) -> None:
         """Stop the settings whose mean score over seeds and folds is not among the best."""
-        settings = list(dict.fromkeys(trial.setting for trial in self.trials))
-        means = {}
-        for setting in settings:
-            members = [run for trial, run in self.runs.items() if trial.setting == setting]
-            if all(run.stopped is None for run in members):
-                means[setting] = float(np.mean([run.scores[-1] for run in members]))
-        best = sorted(means, key=lambda setting: -means[setting])[: max(1, math.ceil(share * len(settings)))]
+        scores: dict[Setting, list[float]] = {}
         for trial, run in self.runs.items():
-            if run.stopped is None and trial.setting not in best:
+            scores.setdefault(trial.setting, []).append(run.scores[-1] if run.stopped is None else run.score)
+        better = better_settings({setting: float(np.mean(values)) for setting, values in scores.items()}, share)
+        for trial, run in self.runs.items():
+            if run.stopped is None and trial.setting not in better:
                 run.stopped = "halving"
 
     # ---- state ---------------------------------------------------------------------------------------------------
@@ -462,6 +473,7 @@ class Engine:
             tensors |= {f"{self.trials.index(trial)}/final/{name}": value for name, value in state.items()}
         record = {
             "identity": self.identity,
+            "waves": [[self.trials.index(trial) for trial in wave] for wave in where.waves],
             "wave": where.wave,
             "epoch": where.epoch,
             "runs": [asdict(self.runs[trial]) for trial in self.trials],
@@ -482,7 +494,11 @@ class Engine:
             logger.warning(f"the state {self.checkpoint} cannot be read ({error}): the sweep begins anew")
             return _Start()
         if record["identity"] != self.identity:
-            logger.warning(f"the state {self.checkpoint} is of another sweep: it begins anew")
+            if not self.overwrite:
+                raise LayerFusionError(
+                    f"{self.checkpoint.parent.parent} holds an unfinished sweep of something else: give another folder, or "
+                    "replace it with overwrite=True (--overwrite)"
+                )
             return _Start()
         self.runs = {trial: TrialRun(**run) for trial, run in zip(self.trials, record["runs"], strict=True)}
         numbers = {trial: number for number, trial in enumerate(self.trials)}
@@ -492,7 +508,8 @@ class Engine:
             if final:
                 self.states[trial] = final
         logger.info(f"the sweep goes on from {self.checkpoint}, after epoch {record['epoch']}")
-        return _Start(record["wave"], record["epoch"], tensors, numbers)
+        waves = [[self.trials[number] for number in wave] for wave in record["waves"]]
+        return _Start(record["wave"], record["epoch"], tensors, numbers, waves)
 
 
 @dataclass
@@ -503,9 +520,16 @@ class _Start:
     epoch: int = 0
     tensors: dict[str, Tensor] = field(default_factory=dict)
     numbers: dict[Trial, int] = field(default_factory=dict)
+    waves: list[list[Trial]] = field(default_factory=list)
 
     def take(self, stack: HeadStack, name: str) -> Tensor:
         return torch.stack([self.tensors[f"{self.numbers[trial]}/{name}"] for trial in stack.trials])
+
+
+def better_settings(means: Mapping[Setting, float], share: float) -> list[Setting]:
+    """The best of those that are still trained (the others' mean is NaN): `share` of all settings, at least one."""
+    alive = [setting for setting, mean in means.items() if not math.isnan(mean)]
+    return sorted(alive, key=lambda setting: -means[setting])[: max(1, math.ceil(share * len(means)))]
 
 
 class Meter:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import itertools
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import logging
 
 from ..configuration_layer_fusion import LayerFusionConfig
 from ..errors import LayerFusionError
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
-from .settings import Setting
+from .engine import LOSSES
+from .selection import rank, spread
+from .settings import FIELDS, Setting
 
 if TYPE_CHECKING:
     import pandas
@@ -30,6 +37,15 @@ RESULT_NAME = "sweep.json"
 TABLE_NAME = "trials.csv"
 FIGURE_NAME = "sweep.png"
 FORMAT_VERSION = 1
+# What every row of the table has; a version may add to it.
+TRIAL_FIELDS = ("setting", *FIELDS, "seed", "fold", "score", "best_epoch", "epochs_trained", "stopped", "trained_as")
+# What the methods read of the protocol, and what tells this sweep from others.
+PROTOCOL_FIELDS = ("metric", "overrides", "features", "identity")
+
+logger = logging.get_logger(__name__)
+
+
+_HEAD_NAME = re.compile(r"head-seed[0-9]+\.safetensors")
 
 
 def head_file(seed: int) -> str:
@@ -62,6 +78,52 @@ class SweepResult:
     def metric(self) -> str:
         return self.protocol["metric"]
 
+    @property
+    def score_name(self) -> str:
+        """What scores are, in words; of two, the larger is better, so errors have their sign changed."""
+        name = self.metric.replace("_", " ")
+        return f"negative {name}" if self.metric in LOSSES else name
+
+    @property
+    def settings(self) -> list[Setting]:
+        """All settings of the grid; the column `setting` of the table counts them from 0."""
+        found = {trial["setting"]: Setting(**{name: trial[name] for name in FIELDS}) for trial in self.trials}
+        return [found[number] for number in sorted(found)]
+
+    @property
+    def varied(self) -> list[str]:
+        """The fields in which the grid's settings differ."""
+        return [name for name in FIELDS if len({trial[name] for trial in self.trials}) > 1]
+
+    @property
+    def best_score(self) -> float:
+        """Mean score of the chosen setting on the validation rows, over seeds and folds."""
+        return float(np.mean(self.scores()))
+
+    @property
+    def best_score_std(self) -> float:
+        """Standard deviation of that; NaN of a single run."""
+        return spread(self.scores())
+
+    @property
+    def at_edge(self) -> dict[str, str]:
+        """Where the grid may be too narrow: `"smallest"` or `"largest"` for a learning rate or decay at its end.
+
+        Only where no other value of the field, with the same recipe, does as well.
+        """
+        rows = [row for row in self.summary() if row["recipe"] == self.best.recipe]
+        found = {}
+        for name in ("learning_rate", "weight_decay"):
+            chosen = getattr(self.best, name)
+            others = [row for row in rows if row[name] != chosen]
+            if not others or any(row["mean"] >= self.best_score for row in others):
+                continue
+            if all(chosen < row[name] for row in others):
+                found[name] = "smallest"
+            elif all(chosen > row[name] for row in others):
+                found[name] = "largest"
+        return found
+
     def table(self) -> pandas.DataFrame:
         """All trials, one per row."""
         import pandas
@@ -76,27 +138,37 @@ class SweepResult:
         return Dataset.from_list(self.trials)
 
     def summary(self) -> list[dict[str, Any]]:
-        """One row per setting, best first: its fields, `mean` and `std` of the score over seeds and folds, `trained_as`."""
+        """One row per setting, the chosen one first: its fields, `mean` and `std` of the score, `trained_as`.
+
+        Ordered as `choose` ranks them; settings without a score come last.
+        """
         groups: dict[int, list[dict[str, Any]]] = {}
         for trial in self.trials:
             groups.setdefault(trial["setting"], []).append(trial)
         rows = []
         for number, members in groups.items():
-            scores = [math.nan if trial["score"] is None else trial["score"] for trial in members]
-            row = {name: members[0][name] for name in self.best.to_dict()}
-            row |= {"setting": number, "mean": float(np.mean(scores)), "trained_as": members[0]["trained_as"]}
-            row["std"] = float(np.std(scores, ddof=1)) if len(scores) > 1 else math.nan
+            scores = [_number(trial["score"]) for trial in members]
+            row = {"setting": number, **{name: members[0][name] for name in FIELDS}}
+            row |= {"mean": float(np.mean(scores)), "std": spread(scores), "trained_as": members[0]["trained_as"]}
             rows.append(row)
-        return sorted(rows, key=lambda row: (math.isnan(row["mean"]), -row["mean"], row["setting"]))
+        settings = self.settings
+        ranked = [row for row in rows if not math.isnan(row["mean"])]
+        ranked.sort(key=lambda row: rank(settings[row["setting"]], row["mean"]), reverse=True)
+        return ranked + [row for row in rows if math.isnan(row["mean"])]
 
     def scores(self, setting: Setting | None = None) -> list[float]:
-        """The validation scores of one setting (by default the chosen one), over seeds and folds."""
-        wanted = (setting or self.best).to_dict()
-        return [
-            trial["score"]
-            for trial in self.trials
-            if all(trial[name] == value for name, value in wanted.items()) and trial["score"] is not None
-        ]
+        """The validation scores of one setting (by default the chosen one), over seeds and folds.
+
+        Where it diverged or was dropped, there is none.
+
+        Raises:
+            LayerFusionError: if the grid has no such setting.
+        """
+        wanted = setting or self.best
+        if wanted not in (settings := self.settings):
+            raise LayerFusionError(f"{wanted} is not in the grid of this sweep: take one of `settings`")
+        number = settings.index(wanted)
+        return [t["score"] for t in self.trials if t["setting"] == number and t["score"] is not None]
 
     def build_model(
         self, backbone: str | Path | PreTrainedModel, *, seed: int | None = None, **options: Any
@@ -145,7 +217,7 @@ class SweepResult:
         """What `from_backbone` builds the chosen head from, besides labels."""
         return {**self.protocol["overrides"], **self.best.config_options, "problem_type": self.config.problem_type}
 
-    def plot(self, path: str | Path) -> None:
+    def plot(self, path: str | Path | BinaryIO) -> None:
         """Write learning curves and scores by setting, as PNG.
 
         Raises:
@@ -156,29 +228,49 @@ class SweepResult:
         plot_sweep(self, path)
 
     def save(self, folder: str | Path) -> None:
-        """Write `sweep.json`, `trials.csv` and a `head-seed*.safetensors` per trained head."""
+        """Write `sweep.json`, `trials.csv`, a `head-seed*.safetensors` per trained head, and `sweep.png` with matplotlib.
+
+        A sweep that is there already is replaced.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        # The first to go and the last to come: where it stands, the rest belongs to it.
+        (folder / RESULT_NAME).unlink(missing_ok=True)
+        for file in list(folder.iterdir()):
+            if file.name == FIGURE_NAME or _HEAD_NAME.fullmatch(file.name):
+                file.unlink()
+        digests = {}
         for seed, state in self.heads.items():
-            staged = folder / f"{head_file(seed)}.{os.getpid()}.tmp"
+            staged = _staged(folder / head_file(seed))
             save_file({name: value.contiguous() for name, value in state.items()}, staged, metadata={"format": "pt"})
+            digests[seed] = hashlib.sha256(staged.read_bytes()).hexdigest()
             staged.replace(folder / head_file(seed))
-        table = io.StringIO()
-        writer = csv.DictWriter(table, fieldnames=list(self.trials[0]))
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, fieldnames=list(self.trials[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.trials)
-        _write(folder / TABLE_NAME, table.getvalue())
-        # The last: where it stands, the rest is complete.
-        _write(folder / RESULT_NAME, json.dumps(self._to_dict(), indent=1, allow_nan=False) + "\n")
+        _write(folder / TABLE_NAME, table.getvalue().encode())
+        text = json.dumps(self._to_dict(digests), indent=1, allow_nan=False) + "\n"
+        _write(folder / RESULT_NAME, text.encode())
+        figure = io.BytesIO()
+        try:
+            self.plot(figure)
+        except LayerFusionError as error:
+            logger.warning(f"{folder / FIGURE_NAME} is not written: {error}")
+        else:
+            _write(folder / FIGURE_NAME, figure.getvalue())
 
-    def _to_dict(self) -> dict[str, Any]:
+    def _to_dict(self, digests: dict[int, str]) -> dict[str, Any]:
         return {
             "format_version": FORMAT_VERSION,
             "best": self.best.to_dict(),
-            "best_score": {"mean": float(np.mean(self.scores())), "values": self.scores()},
+            "best_score": {
+                **{"mean": self.best_score, "std": _finite(self.best_score_std)},
+                "values": self.scores(),
+            },
             "protocol": self.protocol,
             "config": self.config.to_dict(),
-            "seeds": list(self.heads),
+            "heads": [{"seed": seed, "file": head_file(seed), "sha256": digest} for seed, digest in digests.items()],
             "trials": self.trials,
             "curves": [
                 {**curve, **{key: [_finite(value) for value in curve[key]] for key in ("scores", "losses")}}
@@ -197,38 +289,63 @@ class SweepResult:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["format_version"] != FORMAT_VERSION:
-                raise LayerFusionError(
-                    f"{path} has format {content['format_version']}, this version reads {FORMAT_VERSION}"
-                )
-            config = LayerFusionConfig.from_dict(content["config"])
-            heads = {seed: _read_head(path.parent / head_file(seed)) for seed in content["seeds"]}
+                raise ValueError(f"it has format {content['format_version']!r}, this version reads {FORMAT_VERSION}")
+            trials = content["trials"]
+            if not trials:
+                raise ValueError("it has no trial")
+            for trial, name in itertools.product(trials, TRIAL_FIELDS):
+                trial[name]
             curves = [
                 {**curve, **{key: [_number(value) for value in curve[key]] for key in ("scores", "losses")}}
                 for curve in content["curves"]
             ]
-            return cls(content["trials"], curves, Setting(**content["best"]), content["protocol"], config, heads)
+            config = LayerFusionConfig.from_dict(content["config"])
+            heads = {
+                head["seed"]: _read_head(path.parent / head_file(head["seed"]), head["sha256"])
+                for head in content["heads"]
+            }
+            for name in PROTOCOL_FIELDS:
+                content["protocol"][name]
+            result = cls(trials, curves, Setting(**content["best"]), content["protocol"], config, heads)
+            if {trial["setting"] for trial in trials} != set(range(len(result.settings))):
+                raise ValueError("the numbers of its settings have gaps")
+            if not result.scores():
+                raise ValueError("the chosen setting has no score")
+            return result
         except FileNotFoundError as error:
             raise LayerFusionError(f"{folder} holds no finished sweep: {error.filename} is missing") from error
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except KeyError as error:
+            raise LayerFusionError(f"the sweep in {folder} cannot be read: {RESULT_NAME} has no {error}") from error
+        except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
             raise LayerFusionError(f"the sweep in {folder} cannot be read: {error}") from error
 
     def __repr__(self) -> str:
-        settings = len({trial["setting"] for trial in self.trials})
-        shown = ", ".join(f"{name}={value}" for name, value in asdict(self.best).items() if value is not None)
+        names = [name for name in FIELDS if name in ("recipe", "learning_rate", "weight_decay") or name in self.varied]
+        chosen = ", ".join(f"{name}={getattr(self.best, name)}" for name in names)
+        spread_shown = "" if math.isnan(self.best_score_std) else f" ± {self.best_score_std:.4f}"
+        trained = len({trial["trained_as"] for trial in self.trials})
+        seconds = self.protocol.get("seconds")
         return (
-            f"SweepResult({settings} settings, best {self.metric} {np.mean(self.scores()):.4f} with {shown}, "
-            f"heads of seeds {list(self.heads)})"
+            f"SweepResult(best of {len(self.settings)} settings ({trained} trained): {chosen}; "
+            f"{self.score_name} {self.best_score:.4f}{spread_shown} (validation); "
+            f"heads of seeds {list(self.heads)}{'' if seconds is None else f'; {seconds:.0f} s'})"
         )
 
 
-def _read_head(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in list(file.keys())}
+def _read_head(path: Path, sha256: str) -> dict[str, Tensor]:
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"{path.name} is damaged, or of another sweep")
+    return load_tensors(content)
 
 
-def _write(path: Path, text: str) -> None:
-    staged = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    staged.write_text(text, encoding="utf-8")
+def _staged(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
+def _write(path: Path, content: bytes) -> None:
+    staged = _staged(path)
+    staged.write_bytes(content)
     staged.replace(path)
 
 

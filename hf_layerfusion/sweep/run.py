@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..errors import LayerFusionError
 from ..features import LayerFeatures
 from ..losses import problem_type_of
 from ..training.class_weights import class_weights
+from ..training.metrics import IGNORED_LABEL
 from ..training.run import default_batch_size, default_epochs
 from ..version import __version__
 from .engine import Engine, Protocol, Rows, TrialRun, learning_rate_at
@@ -39,6 +41,8 @@ DEFAULT_METRICS = {
     "regression": "mse",
 }
 STATE_FOLDER = "sweep-state"
+# Fields of the config that mean nothing to a sweep.
+_NOT_SWEPT = ("class_weights", "freeze_backbone", "backbone_lr_factor")
 
 
 def sweep(
@@ -117,14 +121,32 @@ def sweep(
         LayerFusionError: for features without labels or with bad values, tokens that they do not hold, a bad option,
             another sweep in `output_dir`, or if every setting diverged.
     """
-    if strategy not in STRATEGIES:
-        raise LayerFusionError(f"strategy {strategy!r} is unknown: choose from {', '.join(STRATEGIES)}")
+    _check_choice("strategy", strategy, STRATEGIES)
+    _check_choice("dtype", dtype, (torch.float32, torch.float64))
+    _check_choice("autocast", autocast, (None, "bfloat16", "float16"))
+    counts = {"num_epochs": num_epochs, "batch_size": batch_size, "patience": patience}
+    for name, value in {**counts, "heads_at_once": heads_at_once, "max_memory": max_memory}.items():
+        if value is not None and (type(value) is not int or value < 1):
+            raise LayerFusionError(f"{name}={value!r}: use a whole number from 1 up, or None")
+    folder = None if output_dir is None else Path(output_dir)
+    if folder is not None:
+        try:  # now, not after hours of training
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LayerFusionError(f"output_dir={str(folder)!r} cannot be written to: {error}") from error
     state = PartialState()
     device = torch.device(device or state.device)
     seeds = _checked_seeds(seeds)
     settings = _settings(grid, recipe, overrides)
     overrides = {name: value for name, value in overrides.items() if name not in FIELDS}
-    features, labels, options = _labelled(features, num_labels, id2label, problem_type)
+    given = len(features)
+    features, kept, options = _labelled(features, num_labels, id2label, problem_type)
+    labels = features.labels
+    assert labels is not None
+    if groups is not None:
+        if len(groups) != given:
+            raise LayerFusionError(f"groups has {len(groups)} entries, but there are {given} rows: give one per row")
+        groups = [groups[row] for row in kept]
     configs = {setting: _config(features, setting, options, overrides) for setting in settings}
     config = configs[settings[0]]
     features.check(config.num_labels if config.problem_type == "single_label_classification" else None)
@@ -145,6 +167,8 @@ def sweep(
         "trained_settings": len(set(trained_as)),
         "strategy": strategy,
         "metric": protocol.metric,
+        "labels": list(config.id2label.values()),
+        "problem_type": config.problem_type,
         "validation": {"num_folds": num_folds} if num_folds else {"validation_size": validation_size},
         "split_seed": split_seed,
         "grouped": groups is not None,
@@ -160,8 +184,7 @@ def sweep(
         "features": _describe_features(features, folds),
         "versions": {"hf_layerfusion": __version__, "torch": torch.__version__},
     }
-    identity = _digest([record, [setting.to_dict() for setting in settings], state.num_processes])
-    folder = None if output_dir is None else Path(output_dir)
+    identity = _digest([record, [setting.to_dict() for setting in settings]])
     if folder is not None and (done := _finished(folder, identity, overwrite)) is not None:
         return done
     if _fits(features, device):
@@ -180,7 +203,8 @@ def sweep(
             checkpoint=folder and folder / STATE_FOLDER / f"{name}-{state.process_index}.safetensors",
             save_seconds=save_seconds,
             keep_states=keep,
-            identity=identity,
+            identity=f"{identity}-{state.num_processes}",  # each process has a state of its own
+            overwrite=overwrite,
             progress=progress and state.is_main_process,
         )
         engine.run()
@@ -212,7 +236,7 @@ def sweep(
         curves=[
             {"setting": settings.index(trial.setting), "seed": trial.seed, "fold": trial.fold}
             | {key: value for key, value in asdict(run).items() if key in ("epochs", "scores", "losses")}
-            for trial, run in runs.items()
+            for trial, run in ((trial, runs[trial]) for trial in trials)
         ],
         best=best,
         protocol=record,
@@ -225,6 +249,11 @@ def sweep(
             shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)
         state.wait_for_everyone()
     return result
+
+
+def _check_choice(name: str, value: Any, legal: Sequence[Any]) -> None:
+    if value not in legal:
+        raise LayerFusionError(f"{name} {value!r} is unknown: choose from {', '.join(map(str, legal))}")
 
 
 def _settings(grid: Grid, recipe: str | Sequence[str], overrides: dict[str, Any]) -> list[Setting]:
@@ -242,12 +271,13 @@ def _settings(grid: Grid, recipe: str | Sequence[str], overrides: dict[str, Any]
 def _labelled(
     features: LayerFeatures, num_labels: int | None, id2label: Any, problem_type: str | None
 ) -> tuple[LayerFeatures, np.ndarray, dict[str, Any]]:
-    """The rows that have a label, their labels, and what the config needs to know of them."""
+    """The rows that have a label, their numbers, and what the config needs to know of the labels."""
     labels = features.labels
     if labels is None:
         raise LayerFusionError("the features have no labels: extract them with label_column=")
-    if labels.ndim == 1 and labels.dtype.kind in "iu" and (labels == -100).any():
-        kept = np.flatnonzero(labels != -100)
+    is_classes = labels.ndim == 1 and labels.dtype.kind in "iu"
+    kept = np.flatnonzero(labels != IGNORED_LABEL) if is_classes else np.arange(len(labels))
+    if len(kept) < len(labels):
         features, labels = features.select_rows(kept), labels[kept]
     if not len(features):
         raise LayerFusionError("the features hold no labelled row: there is nothing to train on")
@@ -262,8 +292,16 @@ def _labelled(
     elif labels.ndim > 1:
         options = {"num_labels": labels.shape[1]}
     else:
-        options = {"num_labels": int(labels.max()) + 1 if labels.dtype.kind in "iu" else 1}
-    return features, labels, {**options, "problem_type": problem_type}
+        options = {"num_labels": int(labels.max()) + 1 if is_classes and problem_type != "regression" else 1}
+    if problem_type in ("regression", "multi_label_classification"):
+        width = labels.shape[1] if labels.ndim > 1 else 1
+        found = options["num_labels"] if "num_labels" in options else len(options["id2label"])
+        if found != width:
+            raise LayerFusionError(
+                f"problem_type={problem_type!r} needs one number per row and output, but the labels have {width} and the "
+                f"head {found}: leave problem_type out, or extract other labels"
+            )
+    return features, kept, {**options, "problem_type": problem_type}
 
 
 def _config(
@@ -273,7 +311,12 @@ def _config(
         raise LayerFusionError(
             f"{unknown[0]!r} is no option of sweep or of a head; heads take {', '.join(HEAD_OPTIONS)}"
         )
-    if overrides.get("width_alignment", "pad") != "pad":
+    if idle := [name for name in _NOT_SWEPT if name in overrides]:
+        raise LayerFusionError(
+            f"{idle[0]!r} is no option of sweep: classes are weighted by the grid's balance_classes, and a backbone is "
+            "fine-tuned with Trainer"
+        )
+    if overrides.get("width_alignment") == "project":
         raise LayerFusionError(
             "width_alignment='project' gives every head tokens of its own, which a sweep cannot share: "
             "train it with build_trainer"
@@ -281,7 +324,7 @@ def _config(
     layout = features.fingerprint["token_layout"]
     config = LayerFusionConfig(token_layout=layout, **options, **overrides, **setting.config_options)
     if config.problem_type is None:
-        problem: Any = problem_type_of(config, torch.as_tensor(features.labels[:1]))
+        problem: Any = problem_type_of(config, torch.as_tensor(features.select_rows([0]).labels))
         config.problem_type = problem
     features.bank.positions_of(config.bank)  # says which tokens are missing
     return config
@@ -290,9 +333,6 @@ def _config(
 def _protocol(
     num_rows: int, num_epochs: int | None, batch_size: int | None, config: LayerFusionConfig, metric: str | None
 ) -> Protocol:
-    for name, value in (("num_epochs", num_epochs), ("batch_size", batch_size)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise LayerFusionError(f"{name}={value!r}: use a whole number from 1 up")
     batch_size = batch_size or default_batch_size(num_rows)
     return Protocol(
         num_epochs=num_epochs or default_epochs(num_rows, batch_size),
@@ -314,9 +354,10 @@ def _weights(labels: np.ndarray, config: LayerFusionConfig) -> list[float] | Non
 
 
 def _checked_seeds(seeds: Sequence[int]) -> list[int]:
-    checked: list[int] = list(seeds)
-    if not checked or len(set(checked)) != len(checked) or any(type(s) is not int or s < 0 for s in checked):
-        raise LayerFusionError(f"seeds={seeds!r}: give one or several different whole numbers from 0 up")
+    is_list = isinstance(seeds, Sequence | np.ndarray) and not isinstance(seeds, str)
+    checked = [int(seed) for seed in seeds if isinstance(seed, Integral)] if is_list else []
+    if not checked or len(set(checked)) != len(seeds) or not all(0 <= seed < 2**32 for seed in checked):
+        raise LayerFusionError(f"seeds={seeds!r}: give a list of one or several different whole numbers from 0 up")
     return checked
 
 
@@ -325,7 +366,7 @@ def _describe_features(features: LayerFeatures, folds: Sequence[tuple[np.ndarray
     digest = hashlib.sha256()
     for shard in features.manifest.shards:
         digest.update(shard.sha256.encode())
-    for array in (features.source_rows, features.labels, *(part for fold in folds for part in fold)):
+    for array in (features.cache_rows, features.labels, *(part for fold in folds for part in fold)):
         digest.update(np.ascontiguousarray(array).tobytes())
     backbone = features.fingerprint.get("backbone") or {}
     return {"rows": len(features), "digest": digest.hexdigest(), "backbone": backbone.get("digest")}

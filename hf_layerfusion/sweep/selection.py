@@ -20,10 +20,12 @@ def split_rows(
     num_folds: int | None,
     seed: int,
     groups: Sequence[Any] | None = None,
+    stratified: bool = True,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Training and validation rows: of one split, or of each of `num_folds` folds.
 
-    Stratified by class where the labels are classes. Rows of one group stay together.
+    Stratified by class where the labels are classes; whole numbers are, unless `stratified` is false. Rows of one group
+    stay together, so one split of groups holds out only about `validation_size`: one part of 2, 3, 4, ... equal ones.
 
     Raises:
         LayerFusionError: if the rows cannot be split so.
@@ -32,12 +34,12 @@ def split_rows(
 
     rows = np.arange(len(features))
     labels = features.labels
-    is_classes = labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu"
+    is_classes = stratified and labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu"
     if groups is not None and len(groups) != len(rows):
         raise LayerFusionError(f"groups has {len(groups)} entries, but there are {len(rows)} rows: give one per row")
-    if num_folds is None and not 0 < validation_size < 1:
+    if num_folds is None and (not isinstance(validation_size, int | float) or not 0 < validation_size < 1):
         raise LayerFusionError(
-            f"validation_size={validation_size} is no share of the rows: use more than 0, less than 1"
+            f"validation_size={validation_size!r} is no share of the rows: use more than 0, less than 1"
         )
     if num_folds is not None and (type(num_folds) is not int or num_folds < 2):
         raise LayerFusionError(f"num_folds={num_folds!r}: use 2 or more, or None for one validation split")
@@ -54,7 +56,7 @@ def split_rows(
         else:
             folder = GroupKFold(count)
         folds = list(folder.split(rows, labels if is_classes else None, groups))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # TypeError: groups that cannot be compared
         raise LayerFusionError(
             f"{len(rows)} rows cannot be split for validation ({error}): add rows, or change validation_size or num_folds"
         ) from error
@@ -66,7 +68,8 @@ def split_rows(
 def choose(scores: Mapping[Setting, Sequence[float]]) -> Setting:
     """The setting with the best mean score; of equal ones, the one with the stronger regularisation.
 
-    Stronger is: more weight decay, then more attention dropout, then more noise, then a smaller learning rate.
+    Stronger is: more weight decay, then more attention dropout, then more noise (its size, then its probability), then a
+    smaller learning rate.
 
     Raises:
         LayerFusionError: if no setting has a finite score.
@@ -77,12 +80,14 @@ def choose(scores: Mapping[Setting, Sequence[float]]) -> Setting:
             "every setting of the sweep diverged: its losses or logits are not finite; try smaller learning rates"
         )
 
-    def rank(setting: Setting) -> tuple:
-        strength = (setting.weight_decay, setting.attention_dropout or 0.0, setting.noise_std, -setting.learning_rate)
-        # Means of folds differ in their last digits where the scores are the same.
-        return (round(finite[setting], 9), *strength)
+    return max(finite, key=lambda setting: rank(setting, finite[setting]))
 
-    return max(finite, key=rank)
+
+def rank(setting: Setting, score: float) -> tuple:
+    """What `choose` takes the largest of."""
+    noise = (setting.noise_std, setting.noise_probability)
+    # Means of folds differ in their last digits where the scores are the same.
+    return (round(score, 9), setting.weight_decay, setting.attention_dropout or 0.0, *noise, -setting.learning_rate)
 
 
 def spread(values: Sequence[float]) -> float:

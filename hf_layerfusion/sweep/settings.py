@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import math
+import json
+import reprlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import LayerFusionError
-from ..recipes import RECIPES
+from ..recipes import RECIPES, Recipe
 
 # Settings whose weights shrink by the same factor to 1 % are one run: AdamW's decay is decoupled from the gradient.
 SAME_SHRINKAGE = 0.01
@@ -43,16 +47,26 @@ class Setting:
     balance_classes: bool = True
 
     def __post_init__(self) -> None:
-        if self.recipe not in RECIPES:
-            raise LayerFusionError(f"recipe {self.recipe!r} is unknown: choose from {', '.join(RECIPES)}")
-        for name in ("learning_rate", "weight_decay"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise LayerFusionError(f"{name}={value!r} of a sweep's setting: use 0 or a positive number")
+        _recipe(self.recipe)
+        for name in ("learning_rate", "weight_decay", "noise_std"):
+            if not _is_number(getattr(self, name), sys.float_info.max):
+                raise LayerFusionError(
+                    f"{name}={_short(getattr(self, name))} of a sweep's setting: use 0 or a positive number"
+                )
         if not self.learning_rate:
             raise LayerFusionError("learning_rate=0 of a sweep's setting trains nothing: use a positive number")
+        for name in ("attention_dropout", "noise_probability"):
+            value = getattr(self, name)
+            if not _is_number(value, 1) and not (name == "attention_dropout" and value is None):
+                raise LayerFusionError(f"{name}={_short(value)} of a sweep's setting is no probability: use 0 to 1")
+        for name in ("num_queries", "num_heads"):
+            value = getattr(self, name)
+            if (type(value) is not int or value < 1) and not (name == "num_heads" and value is None):
+                raise LayerFusionError(f"{name}={_short(value)} of a sweep's setting: use a whole number from 1 up")
         if not isinstance(self.balance_classes, bool):
-            raise LayerFusionError(f"balance_classes={self.balance_classes!r}: use true or false")
+            raise LayerFusionError(
+                f"balance_classes={_short(self.balance_classes)} of a sweep's setting: use true or false"
+            )
 
     @property
     def config_options(self) -> dict[str, Any]:
@@ -66,6 +80,7 @@ class Setting:
 
 _CONFIG_FIELDS = ("recipe", "attention_dropout", "noise_std", "noise_probability", "num_queries", "num_heads")
 FIELDS = tuple(field.name for field in fields(Setting))
+_FLOAT_FIELDS = ("learning_rate", "weight_decay", "attention_dropout", "noise_std", "noise_probability")
 
 # The reference's selection: 3 learning rates x 7 decays x 3 dropouts, with its noise.
 _PAPER = {
@@ -87,6 +102,8 @@ Grid = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 def expand_grid(grid: Grid, recipes: Sequence[str] = ("alf",)) -> list[Setting]:
     """All settings of a grid, each once, in the order of the reference: learning rates outermost.
 
+    Learning rate, weight decay and attention dropout that a part of the grid does not name are the recipe's.
+
     Args:
         grid: `"paper"`, `"fast"`, a YAML or JSON file, a mapping from fields of [`Setting`] to a value or a list of values
             (all combinations are meant), or a list of such mappings.
@@ -98,56 +115,97 @@ def expand_grid(grid: Grid, recipes: Sequence[str] = ("alf",)) -> list[Setting]:
     if isinstance(grid, str | Path):
         grid = GRIDS[str(grid)] if str(grid) in GRIDS else _read_grid(Path(grid))
     parts = [grid] if isinstance(grid, Mapping) else grid
-    if not isinstance(parts, Sequence) or not all(isinstance(part, Mapping) for part in parts):
-        raise LayerFusionError(f"a grid is a mapping from fields to values, or a list of them, but this is {grid!r}")
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, Mapping) for part in parts):
+        raise LayerFusionError(
+            f"a grid is a mapping from fields to values, or a list of them, but this is {_short(grid)}"
+        )
+    if not parts:
+        raise LayerFusionError("the grid holds no setting: give at least one")
     settings = []
     for part in parts:
         if unknown := sorted(map(str, part.keys() - set(FIELDS))):
-            raise LayerFusionError(f"{unknown[0]!r} is no field of a sweep's grid: choose from {', '.join(FIELDS)}")
-        values = {name: _as_list(value) for name, value in {"recipe": list(recipes), **part}.items()}
+            raise LayerFusionError(
+                f"{_short(unknown[0])} is no field of a sweep's grid: choose from {', '.join(FIELDS)}"
+            )
+        values = {name: _choices(name, value) for name, value in {"recipe": list(recipes), **part}.items()}
         if empty := [name for name, choices in values.items() if not choices]:
             raise LayerFusionError(f"the grid names no value for {empty[0]!r}: give one or leave it out")
         for combination in itertools.product(*values.values()):
-            settings.append(_without_idle_fields(Setting(**dict(zip(values, combination, strict=True)))))
+            settings.append(_completed(dict(zip(values, combination, strict=True))))
     return list(dict.fromkeys(settings))
 
 
-def _as_list(value: Any) -> list:
-    return list(value) if isinstance(value, list | tuple) else [value]
+def _choices(name: str, value: Any) -> list:
+    """The values that a grid gives a field."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    choices = [
+        one.item() if isinstance(one, np.generic) else one
+        for one in (value if isinstance(value, list | tuple | range) else [value])
+    ]
+    return [_as_float(one) for one in choices] if name in _FLOAT_FIELDS else choices
 
 
-def _without_idle_fields(setting: Setting) -> Setting:
-    """A linear head has no attention to drop: settings that differ in that alone are one."""
-    if RECIPES[setting.recipe].head_type == "attentive":
-        return setting
-    return replace(setting, attention_dropout=None, num_queries=1, num_heads=None)
+def _as_float(value: Any) -> Any:
+    """YAML 1.1 takes `1e-3` for text: only `1.0e-3` is a number to it. What is no number stays what it is."""
+    try:
+        return float(value) if isinstance(value, str) or type(value) is int else value
+    except (ValueError, OverflowError):
+        return value
+
+
+def _completed(values: dict[str, Any]) -> Setting:
+    """A setting in which everything has the value that it is trained with, so that equal runs are equal settings."""
+    recipe = _recipe(values["recipe"])
+    setting = Setting(**{"learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay, **values})
+    if not setting.noise_std or not setting.noise_probability:
+        setting = replace(setting, noise_std=0.0, noise_probability=Setting.noise_probability)
+    if recipe.head_type != "attentive":
+        # No attention to drop.
+        return replace(setting, attention_dropout=None, num_queries=1, num_heads=None)
+    if setting.attention_dropout is None:
+        setting = replace(setting, attention_dropout=recipe.head_options.get("attention_dropout", 0.0))
+    return setting
 
 
 def _read_grid(path: Path) -> Any:
-    # YAML comes with huggingface_hub; JSON is YAML too.
     import yaml
 
-    if not path.is_file():
-        raise LayerFusionError(f"grid {str(path)!r} is neither {' nor '.join(GRIDS)} nor a file")
     try:
-        grid = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise LayerFusionError(f"grid {path} is no YAML file: {error}") from error
-    # YAML 1.1 takes 1e-3 for text: only 1.0e-3 is a number to it.
-    return _with_numbers(grid)
+        if not path.is_file():
+            raise LayerFusionError(f"grid {_short(str(path))} is neither {' nor '.join(GRIDS)} nor a file")
+        text = path.read_text(encoding="utf-8")
+        # All JSON but that with tabs is YAML too.
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except LayerFusionError:
+        raise
+    except OSError as error:
+        raise LayerFusionError(f"grid {_short(str(path))} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        raise LayerFusionError(f"grid {path} is no {kind} file: {error}") from error
 
 
-def _with_numbers(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _with_numbers(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_with_numbers(inner) for inner in value]
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+def _recipe(name: Any) -> Recipe:
+    if not isinstance(name, str) or name not in RECIPES:
+        raise LayerFusionError(f"recipe {_short(name)} is unknown: choose from {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def _is_number(value: Any, largest: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= largest
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 200
+
+
+def _short(value: Any) -> str:
+    """What a file held may be of any size and depth."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of thousands of digits"
 
 
 def merge_settings(settings: Sequence[Setting], learning_rates: Mapping[float, float]) -> list[int]:

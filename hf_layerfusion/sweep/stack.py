@@ -150,8 +150,9 @@ class HeadStack:
             parameter.grad = None
         losses = stacked_loss(self.problem_type, self.logits(inputs), labels, self.weights)
         losses.sum().backward()
-        for counter in [name for name in self.buffers if name.endswith("num_batches_tracked")]:
-            self.buffers[counter] += 1
+        if len(inputs.tokens) > 1:  # as `GlobalBatchNorm1d`, which has no statistics of one row
+            for counter in [name for name in self.buffers if name.endswith("num_batches_tracked")]:
+                self.buffers[counter] += 1
         gradients = {name: parameter.grad for name, parameter in self.parameters.items() if parameter.grad is not None}
         norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients.values()]).norm(dim=0)  # (K,)
         factors = (max_gradient_norm / (norms + 1e-6)).clamp(max=1.0)  # as `clip_grad_norm_`

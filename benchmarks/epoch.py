@@ -1,0 +1,185 @@
+"""One epoch of training a head on cached features: the textbook loop against ours.
+
+    python benchmarks/epoch.py [--threads 1] [--repeats 3] [--folder WHERE]
+
+All train the paper's head with class weights, Gaussian noise, clipped gradients, AdamW and a cosine by step. The textbook
+loop reads float16 rows out of memory, one at a time; ours reads the cache. What is counted begins with the first batch
+and ends with the last step: building models, optimizers and caches is not. The contenders take turns, behind a round that
+warms up; ratios are medians over rounds, with the worst round in brackets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported; threads that spin distort timings
+
+import numpy as np
+import torch
+from datasets import Dataset
+from measure import CLOCKS, Clock, speedup, table_head, table_row, take_turns
+from PIL import Image
+from textbook import CachedRows, TextbookHead, train_textbook
+from transformers import Dinov2Config, Dinov2Model, PrinterCallback, TrainerCallback
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.utils import logging
+
+from hf_layerfusion import LayerFeatures, ViTForAttentiveLayerFusionClassification, extract_features
+from hf_layerfusion.training import build_trainer, class_weights
+
+IMAGE_SIZE = 8
+LEARNING_RATE, WEIGHT_DECAY = 1e-2, 1e-2
+NOISE_STD, NOISE_PROBABILITY = 0.05, 0.5
+
+
+@dataclass
+class Task:
+    """What every contender trains on: the same rows, as a cache and as tensors in memory."""
+
+    model: ViTForAttentiveLayerFusionClassification
+    features: LayerFeatures
+    rows: CachedRows
+    batch_size: int
+    folder: Path
+    clock: Clock
+
+    @property
+    def num_labels(self) -> int:
+        return self.model.config.num_labels
+
+
+def build_task(folder: Path, arguments: argparse.Namespace) -> Task:
+    """Rows of `(2 * layers, width)` tokens in float16, extracted from noise by a backbone as small as one can be."""
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=arguments.width,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=6,
+        mlp_ratio=1,
+        image_size=IMAGE_SIZE,
+        patch_size=IMAGE_SIZE,
+    )
+    model = ViTForAttentiveLayerFusionClassification.from_backbone(
+        Dinov2Model(config),
+        num_labels=arguments.classes,
+        attention_dropout=0.0,
+        noise_std=NOISE_STD,
+        noise_probability=NOISE_PROBABILITY,
+        image_processor=BitImageProcessorPil(do_resize=False, do_center_crop=False),
+    )
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (arguments.rows, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    labels = generator.integers(0, arguments.classes, arguments.rows)
+    dataset = Dataset.from_dict({"image": [Image.fromarray(image) for image in pixels], "label": labels.tolist()})
+    features = extract_features(model, dataset, folder / "cache", batch_size=256, progress=False)
+    whole = features.tensors()
+    rows = CachedRows(whole["layer_features"].clone(), whole["labels"])  # the clone is in memory, not in the file
+    return Task(model, features, rows, arguments.batch_size, folder, CLOCKS[arguments.clock])
+
+
+def textbook(task: Task) -> float:
+    """`Dataset.__getitem__` per row, `DataLoader`, the head in textbook order."""
+    torch.manual_seed(0)
+    head = TextbookHead(task.features.hidden_size, len(task.features.bank), task.num_labels)
+    seconds = train_textbook(
+        head,
+        task.rows,
+        learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        epochs=1,
+        batch_size=task.batch_size,
+        noise_std=NOISE_STD,
+        noise_probability=NOISE_PROBABILITY,
+        class_weights=torch.tensor(class_weights(task.rows.labels, task.num_labels)),
+        seed=0,
+        clock=task.clock,
+    )
+    return sum(seconds)
+
+
+class Stopwatch(TrainerCallback):
+    """Seconds from where the first epoch begins to where the last one ends."""
+
+    def __init__(self, clock: Clock):
+        self.clock, self.start, self.seconds = clock, 0.0, 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = self.clock()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.seconds = self.clock() - self.start
+
+
+def trainer(task: Task) -> float:
+    """`transformers.Trainer` as `layerfusion train` builds it."""
+    torch.manual_seed(0)
+    task.model.head.reset_parameters()
+    built = build_trainer(
+        task.model,
+        task.features,
+        task.folder / "trainer",
+        learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        num_train_epochs=1,
+        batch_size=task.batch_size,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )
+    built.remove_callback(PrinterCallback)
+    stopwatch = Stopwatch(task.clock)
+    built.add_callback(stopwatch)
+    built.train()
+    return stopwatch.seconds
+
+
+# What takes turns, by the name it has in the table: an epoch from new, and the seconds of it that count. The first one is
+# what the others are measured against.
+CONTENDERS: dict[str, Callable[[Task], float]] = {
+    "textbook loop": textbook,
+    "ours: Trainer": trainer,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--rows", type=int, default=10_000)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--classes", type=int, default=100)
+    parser.add_argument("--batch_size", type=int, default=2048)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of this process, on a busy machine")
+    parser.add_argument("--folder", help="where the temporary files go; by default the system's place for them")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        task = build_task(Path(folder), arguments)
+        compare(task, arguments)
+
+
+def compare(task: Task, arguments: argparse.Namespace) -> None:
+    seconds = take_turns({name: partial(run, task) for name, run in CONTENDERS.items()}, arguments.repeats)
+    print(
+        f"torch {torch.__version__}, {arguments.threads} thread(s), one epoch over {len(task.rows)} rows of "
+        f"{len(task.features.bank)} x {task.features.hidden_size} float16, {task.num_labels} classes, batch "
+        f"{task.batch_size}, {arguments.repeats} rounds, {arguments.clock} time\n"
+    )
+    reference = seconds[next(iter(CONTENDERS))]
+    print(table_head(("s", "rows/s", "x textbook", "")))
+    for name, own in seconds.items():
+        median = statistics.median(own)
+        print(table_row((f"{median:.2f}", f"{len(task.rows) / median:.0f}", speedup(reference, own), name)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""What the benchmarks measure against does the same work as the library: the same head, the same training."""
+
+import copy
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from epoch import build_task
+from textbook import CachedRows, TextbookHead, train_textbook
+
+from hf_layerfusion import AttentiveFusionHead
+from hf_layerfusion.training import build_trainer, class_weights
+
+NUM_LABELS, BATCH_SIZE, WIDTH = 7, 12, 64
+SHAPES = {"alf": (24, 24), "all-tokens": (257, 8), "few": (2, 2)}  # tokens, heads
+
+
+def randomised(head):
+    """The head in float64, with no parameter or buffer at a value that could be right by being trivial."""
+    head = head.double()
+    with torch.no_grad():
+        for name, tensor in head.state_dict().items():
+            if name.endswith(("norm_q.weight", "norm_k.weight", "norm_v.weight", "batch_norm.weight", "running_var")):
+                tensor.uniform_(0.5, 1.5)
+            elif tensor.is_floating_point():
+                tensor.normal_(std=0.3)
+    return head
+
+
+def unit_tokens(num_tokens, rows=BATCH_SIZE):
+    return F.normalize(torch.randn(rows, num_tokens, WIDTH, dtype=torch.float64) + 0.2, dim=-1)
+
+
+@pytest.mark.parametrize("mode", ["train", "train-dropout", "eval"])
+@pytest.mark.parametrize("use_sdpa", [False, True], ids=["products", "sdpa"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_textbook_head_is_the_library_s(shape, use_sdpa, mode):
+    num_tokens, num_heads = SHAPES[shape]
+    dropout = 0.3 if mode == "train-dropout" else 0.0
+    textbook = randomised(TextbookHead(WIDTH, num_tokens, NUM_LABELS, num_heads, dropout, use_sdpa))
+    own = AttentiveFusionHead(WIDTH, num_tokens, NUM_LABELS, num_heads=num_heads, attention_dropout=dropout).double()
+    own.load_state_dict(textbook.state_dict())
+    tokens, coefficients = unit_tokens(num_tokens), torch.randn(BATCH_SIZE, NUM_LABELS, dtype=torch.float64)
+    results = []
+    for head in (textbook, own):
+        torch.manual_seed(5)  # of the dropout mask
+        logits = head.train(mode != "eval")(tokens)
+        (logits * coefficients).sum().backward()
+        gradients = {name: parameter.grad for name, parameter in head.named_parameters()}
+        statistics = {name: head.get_buffer(f"batch_norm.{name}") for name in ("running_mean", "running_var")}
+        results.append({"logits": logits, **gradients, **statistics})
+    expected, found = results
+    assert expected.keys() == found.keys()
+    zeros = {"norm_k.bias"}  # gradients that are exactly zero: rounding is all there is to compare
+    if mode != "eval":
+        zeros |= {"out_proj.bias"} | ({"norm_v.bias"} if not dropout else set())
+    for name in expected.keys() - zeros:
+        scale = expected[name].abs().max().item()
+        assert scale > 1e-6, f"{name} vanishes, so comparing it would show nothing"
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-10 * scale, msg=name)
+
+
+def test_heads_are_as_many_as_tokens_by_default():
+    assert TextbookHead(WIDTH, 6, NUM_LABELS).load_state_dict(AttentiveFusionHead(WIDTH, 6, NUM_LABELS).state_dict())
+    assert TextbookHead(WIDTH, 6, NUM_LABELS).num_heads == 6
+
+
+def test_a_row_is_normalised_and_in_float32():
+    tokens = 3 * unit_tokens(4).half()
+    rows = CachedRows(tokens, torch.arange(BATCH_SIZE))
+    assert len(rows) == BATCH_SIZE
+    row, label = rows[5]
+    assert (row.dtype, row.shape, label) == (torch.float32, (4, WIDTH), 5)
+    torch.testing.assert_close(row, F.normalize(tokens[5].float(), dim=-1))
+
+
+class Recorder(nn.Module):
+    """A head that keeps what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.classifier = nn.Linear(WIDTH, NUM_LABELS)
+        self.seen = []
+
+    def forward(self, tokens):
+        self.seen.append(tokens.clone())
+        return self.classifier(tokens.mean(dim=1))
+
+
+TRAINING = {
+    "learning_rate": 1e-2,
+    "weight_decay": 0.1,
+    "epochs": 3,
+    "batch_size": 100,
+    "noise_std": 0.05,
+    "noise_probability": 0.5,
+    "class_weights": None,
+    "seed": 3,
+}
+
+
+def recorded(num_rows, **options):
+    """What a head sees, and the seconds of each step."""
+    tokens = torch.ones(num_rows, 2, WIDTH)
+    rows = CachedRows(tokens, torch.arange(num_rows) % NUM_LABELS)
+    head = Recorder()
+    seconds = train_textbook(head, rows, **{**TRAINING, **options})
+    return head.seen, seconds
+
+
+@pytest.mark.parametrize(("max_steps", "batches"), [(None, [100, 100, 30] * 3), (4, [100, 100, 30, 100])])
+def test_every_step_is_timed(max_steps, batches):
+    seen, seconds = recorded(230, max_steps=max_steps)
+    assert [len(tokens) for tokens in seen] == batches
+    assert len(seconds) == len(batches)
+    assert min(seconds) > 0
+
+
+@pytest.mark.parametrize(("probability", "share"), [(0.0, (0, 0)), (0.5, (0.4, 0.6)), (1.0, (1, 1))])
+def test_noise_falls_on_whole_rows(probability, share):
+    seen, _ = recorded(400, noise_probability=probability, batch_size=400, epochs=1)
+    noise = seen[0] - WIDTH**-0.5  # every entry of a normalised row of equal numbers
+    noisy = noise.abs().amax(dim=(1, 2)) > 1e-6
+    assert share[0] <= noisy.float().mean() <= share[1]
+    if probability:
+        assert noise[noisy].std().item() == pytest.approx(TRAINING["noise_std"], rel=0.03)
+        for axis in range(3):  # no two rows, tokens or entries have the same
+            difference = noise[noisy].diff(dim=axis).std().item()
+            assert difference == pytest.approx(2**0.5 * TRAINING["noise_std"], rel=0.03)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    sizes = {"rows": 60, "layers": 2, "width": 48, "classes": 5, "batch_size": 60}
+    return build_task(tmp_path_factory.mktemp("task"), Namespace(**sizes, clock="wall"))
+
+
+def test_the_textbook_loop_trains_the_head_that_trainer_trains(task, tmp_path):
+    """With one batch an epoch and no noise, nothing is drawn, and both must come to the same head."""
+    own = task.model.head
+    own.reset_parameters()
+    with torch.no_grad():
+        own.classifier.weight.mul_(50)  # gradients large enough to be clipped
+    textbook = TextbookHead(task.features.hidden_size, len(task.features.bank), task.num_labels)
+    textbook.load_state_dict(own.state_dict())
+    untrained = copy.deepcopy(textbook)
+    weights = class_weights(task.rows.labels, task.num_labels)
+    shared = {"learning_rate": 1e-2, "weight_decay": 0.1, "batch_size": len(task.rows)}
+    options = {**TRAINING, **shared, "epochs": 8, "noise_std": 0.0, "class_weights": torch.tensor(weights)}
+    train_textbook(textbook, task.rows, **options)
+    task.model.config.noise_std = 0.0
+    trainer = build_trainer(
+        task.model, task.features, tmp_path, num_train_epochs=8, use_cpu=True, disable_tqdm=True, **shared
+    )
+    trainer.train()
+    tokens = torch.stack([row for row, _ in task.rows])
+    # In training mode: rounding moves biases whose gradient is exactly zero, and running statistics lag behind those.
+    with torch.no_grad():
+        before, expected, found = (head.train()(tokens) for head in (untrained, textbook, own))
+    assert (expected - before).abs().max() > 0.1 * expected.abs().max()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
