@@ -56,6 +56,8 @@ style: setup
 
 bench: setup
 	$(BIN)/python benchmarks/head.py
+	$(BIN)/python benchmarks/epoch.py
+	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/extraction.py
 	$(BIN)/python benchmarks/cache_reading.py
 

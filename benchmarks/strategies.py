@@ -22,10 +22,12 @@ import numpy as np
 import torch
 
 from hf_layerfusion import LayerFeatures
+from hf_layerfusion.heads import build_head
 from hf_layerfusion.sweep import Setting, SweepResult, expand_grid, sweep
 from hf_layerfusion.sweep.engine import CURVE_POINTS, RUNGS, better_settings, learning_rate_at
 from hf_layerfusion.sweep.selection import choose
 from hf_layerfusion.sweep.settings import merge_settings
+from hf_layerfusion.training import BalancedAccuracy
 
 # Points of the curve (of 20) and the share of settings that goes on from there.
 PLANS = {
@@ -59,17 +61,8 @@ def halve(
     return {setting: curves[setting][-1] for setting in alive}, cost
 
 
-def test_score(train: LayerFeatures, test: LayerFeatures, setting: Setting, recipe: str) -> float:
-    """Balanced accuracy on the test rows of a head trained with one setting on all training rows."""
-    result = sweep(train, recipe=recipe, grid=setting.to_dict(), num_folds=None, progress=False)
-    return evaluate(result, test)
-
-
 def evaluate(result: SweepResult, test: LayerFeatures) -> float:
-    """Balanced accuracy of the result's head."""
-    from hf_layerfusion.heads import build_head
-    from hf_layerfusion.training import BalancedAccuracy
-
+    """Balanced accuracy of the head that was trained on all training rows."""
     head = build_head(result.config).eval()
     head.load_state_dict(result.head_state())
     rows = test.select_bank(result.config.bank).tensors()
@@ -80,12 +73,12 @@ def evaluate(result: SweepResult, test: LayerFeatures) -> float:
     return metric["balanced_accuracy"]
 
 
-def measure(name: str, folder: Path, output_dir: Path, recipe: str, grid: str) -> list[dict]:
-    train, test = (LayerFeatures.open(folder / name / split) for split in ("train", "test"))
-    settings = expand_grid(grid, [recipe])
-    result = sweep(
-        train, recipe=recipe, grid=grid, strategy="full", refit=False, output_dir=output_dir / name, save_seconds=120
-    )
+def measure(name: str, arguments: argparse.Namespace) -> list[dict]:
+    train, test = (LayerFeatures.open(arguments.features_dir / name / split) for split in ("train", "test"))
+    settings = expand_grid(arguments.grid, [arguments.recipe])
+    options = {"recipe": arguments.recipe, "num_epochs": arguments.num_epochs}
+    folder = arguments.output_dir / name
+    result = sweep(train, grid=arguments.grid, strategy="full", refit=False, output_dir=folder, **options)
     curves = curves_of(result, settings)
     rows_trained = len(train) - math.ceil(0.2 * len(train))
     steps = result.protocol["num_epochs"] * math.ceil(rows_trained / result.protocol["batch_size"])
@@ -103,7 +96,8 @@ def measure(name: str, folder: Path, output_dir: Path, recipe: str, grid: str) -
     for strategy, (candidates, cost) in choices.items():
         best = choose({setting: [curves[setting][-1]] for setting in candidates})
         if best not in tested:
-            tested[best] = test_score(train, test, best, recipe)
+            # With one setting, all that is left of a sweep is the training on all rows.
+            tested[best] = evaluate(sweep(train, grid=best.to_dict(), progress=False, **options), test)
         rows.append(
             {
                 "dataset": name,
@@ -126,6 +120,7 @@ def main() -> None:
     parser.add_argument("--names", help="default: all folders of --features_dir")
     parser.add_argument("--recipe", default="alf")
     parser.add_argument("--grid", default="paper")
+    parser.add_argument("--num_epochs", type=int, help="default: the paper's protocol")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -135,7 +130,7 @@ def main() -> None:
     print("| dataset | strategy | cost | validation | regret | test | regret | chosen: rate, decay, dropout |")
     print("|---|---|---:|---:|---:|---:|---:|---|")
     for name in folders:
-        rows = measure(name, arguments.features_dir, arguments.output_dir, arguments.recipe, arguments.grid)
+        rows = measure(name, arguments)
         (arguments.output_dir / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
         full = rows[0]
         for row in rows:

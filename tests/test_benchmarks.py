@@ -7,18 +7,23 @@ import sys
 from pathlib import Path
 
 import pytest
+from sweep_helpers import class_labels, learnable_tokens, write_features
+
+from hf_layerfusion.sweep import expand_grid, sweep
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = {
     "head.py": "--rows 3,3,32,8 5,2,32,4 --repeats 1",
     "epoch.py": "--rows 50 --layers 2 --width 48 --classes 5 --batch_size 16 --repeats 1 --folder {folder}",
+    "sweep.py": "--rows 60 --layers 2 --width 48 --classes 3 --batch_size 24 --epochs 1 --sample 2 --folder {folder}",
     "extraction.py": "--batch_size 2 --image_size 28 --depths 1 --repeats 1",
     "cache_reading.py": "--rows 150 --layers 2 --width 48 --rows_per_shard 40 --batch_size 64 --repeats 1 "
     "--folder {folder}",
 }
 ROWS = {
     "head.py": {"as asked": 2},
-    "epoch.py": {"textbook loop": 1, "ours: Trainer": 1},
+    "epoch.py": {"textbook loop": 1, "ours: Trainer": 1, "ours: sweep of one setting": 1},
+    "sweep.py": {"63 textbook runs": 1, "full": 1, "merged": 1},
     "extraction.py": {
         "bare forward": 1,
         "bare forward, again": 1,
@@ -52,3 +57,46 @@ def test_benchmark_prints_a_row_for_every_variant(script, tmp_path):
     rows = [re.split(r"  | \| ", line.strip(" |"))[-1] for line in done.stdout.splitlines()]
     assert {name: rows.count(name) for name in ROWS[script]} == ROWS[script]
     assert not list(tmp_path.iterdir()), "temporary files are left behind"
+
+
+@pytest.mark.slow
+def test_what_is_read_off_the_curves_is_what_halving_does(tmp_path, monkeypatch):
+    """`strategies.py` runs halving on the curves of a full sweep; the engine's own must end with the same settings."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import strategies
+
+    labels = class_labels(120)
+    features = write_features(tmp_path / "features", labels, learnable_tokens(labels, noise=4.0))
+    grid = {"learning_rate": [3e-2, 1e-2, 1e-3], "weight_decay": [1e-1, 1.0], "attention_dropout": [0.0, 0.5]}
+    options = {"grid": grid, "num_epochs": 20, "batch_size": 30, "progress": False, "refit": False}
+    full = sweep(features, strategy="full", **options)
+    settings = expand_grid(grid)
+    curves = strategies.curves_of(full, settings)
+    survivors, cost = strategies.halve(curves, strategies.PLANS["halving"])
+    halved = sweep(features, strategy="halving", **options)
+    assert 0 < cost < len(settings) * strategies.CURVE_POINTS / 2
+    left = {row["setting"]: row["score"] for row in halved.trials if row["score"] is not None}
+    assert left == {settings.index(setting): score for setting, score in survivors.items()}
+    assert sum(row["epochs_trained"] for row in halved.trials) == cost
+
+
+@pytest.mark.slow
+def test_strategies_are_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import strategies
+
+    labels = class_labels(100)
+    for split, seed in (("train", 0), ("test", 1)):
+        write_features(tmp_path / "features" / "noise" / split, labels, learnable_tokens(labels, seed=seed))
+    arguments = f"strategies.py --features_dir {tmp_path / 'features'} --output_dir {tmp_path / 'out'} --num_epochs 20"
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("learning_rate: [1e-2, 1e-3]\nweight_decay: [1e-6, 1e-5, 1e-1]\nattention_dropout: 0.0\n")
+    monkeypatch.setattr(sys, "argv", [*arguments.split(), "--grid", str(grid)])
+    strategies.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| noise")]
+    assert [row[1] for row in rows] == ["full", "merged", *strategies.PLANS]
+    costs = [float(row[2]) for row in rows]
+    assert costs[0] == 1.0
+    assert costs[1] < 1.0
+    assert max(costs[2:]) < costs[1]
+    assert rows[0][4] == rows[0][6] == "0.0", "nothing is better than itself"

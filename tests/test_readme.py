@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
+from transformers import AutoModelForImageClassification
 
 from hf_layerfusion import RECIPES
 from hf_layerfusion.cli.main import build_parser
+from hf_layerfusion.training import run as training_run
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -39,17 +41,23 @@ def test_python_blocks_run_as_they_stand(hub, save_backbone, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     beans(3)[2]["image"].save("picture.png")
     names: dict = {}
-    train, load = blocks("python")
+    train, load, choose = blocks("python")
     exec(train, names)
     assert names["trainer"].state.global_step == 40
     assert "eval_balanced_accuracy" in capsys.readouterr().out
     exec(load, names)
     assert names["classify"]("picture.png", top_k=1)[0]["label"] == "healthy"
+    # Of so few rows, the protocol's thousand steps are minutes for the grid.
+    monkeypatch.setattr(training_run, "MIN_EPOCHS", 2)
+    monkeypatch.setattr(training_run, "MIN_STEPS", 2)
+    exec(choose, names)
+    assert f"best of {63 + 21} settings" in capsys.readouterr().out
+    assert AutoModelForImageClassification.from_pretrained("best-head").config.recipe == names["found"].best.recipe
 
 
 def test_commands_parse():
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("layerfusion ")]
-    assert len(commands) == 7
+    assert len(commands) == 9
     for command in commands:
         assert callable(build_parser().parse_args(shlex.split(command)[1:]).run)
 

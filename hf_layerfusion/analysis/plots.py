@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -43,7 +44,7 @@ def _new_figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise LayerFusionError("figures need matplotlib: pip install 'hf-layerfusion[plots]'") from error
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -95,7 +96,7 @@ def plot_attention(summary: AttentionSummary, path: str | Path, title: str = "La
             figure.colorbar(image, ax=axis, label=name, pad=0.01)
     rows[-1].set_xticks(list(positions), summary.token_names, rotation=90, fontsize=8)
     rows[-1].set_xlim(-0.5, num_tokens - 0.5)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path)
 
 
 def plot_sweep(result: SweepResult, path: str | Path | BinaryIO) -> None:
@@ -132,7 +133,7 @@ def plot_sweep(result: SweepResult, path: str | Path | BinaryIO) -> None:
     if panels:
         figure.legend(handles=_legend(result, rows), loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     figure.suptitle(_sweep_title(result))
-    figure.savefig(path, format="png", dpi=150)
+    figure.savefig(path, format="png")
 
 
 def _panels(result: SweepResult) -> dict[str, set[int]]:
@@ -229,17 +230,19 @@ def _draw_scores(axis: Axes, result: SweepResult, rows: Sequence[Mapping[str, An
         if dropout is not None:
             number = dropouts.index(dropout)
             # Side by side: they often have the same score.
-            shift = step ** (0.3 * (number - (len(dropouts) - 1) / 2) / len(dropouts))
+            shift = min(step, 10.0) ** (0.3 * (number - (len(dropouts) - 1) / 2) / len(dropouts))
         x = [places[row[across]] * shift for row in members]
         colour = colours[rate]
         means, stds = [row["mean"] for row in members], [row["std"] for row in members]
         bars = None if all(map(math.isnan, stds)) else [0.0 if math.isnan(std) else std for std in stds]
         style = _LINE_STYLES[number % len(_LINE_STYLES)]
         axis.errorbar(x, means, bars, color=colour, linestyle=style, linewidth=1.2, elinewidth=0.8, capsize=2)
+        marker: dict[str, Any] = {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 5, "color": colour}
+        for is_own, fill in ((True, colour), (False, "white")):
+            own = [(row["trained_as"] == row["setting"]) == is_own for row in members]
+            points = [list(itertools.compress(values, own)) for values in (x, means)]
+            axis.plot(*points, linestyle="none", markerfacecolor=fill, **marker)
         for place, row in zip(x, members, strict=True):
-            is_own = row["trained_as"] == row["setting"]
-            marker: dict[str, Any] = {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 5, "color": colour}
-            axis.plot([place], [row["mean"]], markerfacecolor=colour if is_own else "white", **marker)
             if row["setting"] == best:
                 axis.plot([place], [row["mean"]], zorder=5, **_RING)
     if not rows:

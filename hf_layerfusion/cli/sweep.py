@@ -67,6 +67,7 @@ SEARCH_OPTIONS = (
     *("strategy", "metric", "validation_size", "num_folds", "seeds", "patience"),
     *("heads_at_once", "max_memory", "save_seconds"),
 )
+SEARCH_TITLE = "sweep (defaults: the paper's protocol)"
 # Options that say how to extract, and are None or False unless they are given.
 _EXTRACTION_OPTIONS = (
     *("backbone", "revision", "image_size", "num_prefix_tokens", "grid_size", "width_alignment"),
@@ -83,12 +84,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", required=True, help="folder of the result")
     parser.add_argument("--features_dir", help="folder of the feature caches (default: OUTPUT_DIR/features)")
     add_cache_options(parser)
-    group = add_search_options(parser)
+    group = parser.add_argument_group(SEARCH_TITLE)
     group.add_argument(
         "--grid",
         default="paper",
         help="paper (63 settings an attentive recipe), fast (12), or a YAML or JSON file (default: paper)",
     )
+    add_search_options(group)
     group.add_argument(
         "--num_epochs",
         type=number(int, at_least=1),
@@ -103,9 +105,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_device_option(parser)
 
 
-def add_search_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_search_options(group: argparse._ArgumentGroup) -> None:
     """What `layerfusion sweep` and `layerfusion train --sweep` share; all are `None` or `False` unless given."""
-    group = parser.add_argument_group("sweep (defaults: the paper's protocol)")
     group.add_argument(
         "--strategy",
         choices=STRATEGIES,
@@ -142,7 +143,6 @@ def add_search_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
         help="least time between two saves of the state (default: 60)",
     )
     group.add_argument("--overwrite_sweep", action="store_true", help="replace another sweep in the output folder")
-    return group
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -207,7 +207,7 @@ def _check_source(arguments: argparse.Namespace) -> None:
 def _open_features(name: str) -> LayerFeatures:
     """The cache that was asked for, unless its name says that it holds test images."""
     folder = Path(name)
-    if folder.resolve().name in SPLIT_NAMES["test"]:
+    if folder.is_dir() and folder.resolve().name in SPLIT_NAMES["test"]:
         raise LayerFusionError(
             f"--features {name}: a setting is never chosen on the test split, give the training rows"
         )

@@ -46,6 +46,7 @@ from .options import (
 )
 from .sweep import (
     SEARCH_OPTIONS,
+    SEARCH_TITLE,
     Found,
     add_search_options,
     chosen_head,
@@ -90,13 +91,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--noise_std", type=float, help="on the tokens; the paper trains with 0.05")
     group.add_argument("--no_class_weights", action="store_true", help="do not balance the classes in the loss")
     group.add_argument("--seed", type=int, help="of first weights, order, dropout and noise (default: 0)")
-    group = add_search_options(parser)
+    group = parser.add_argument_group(SEARCH_TITLE)
     group.add_argument(
         "--sweep",
         metavar="GRID",
         help="choose the settings first: paper (63 of an attentive recipe), fast (12), or a YAML or JSON file; --recipe "
         "may then name several, such as alf,linear-all",
     )
+    add_search_options(group)
     add_device_option(parser)
 
 

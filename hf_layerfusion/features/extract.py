@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -34,6 +32,7 @@ from .manifest import (
     Shard,
     describe_difference,
     own_file,
+    plain_values,
     sha256_of,
     shard_file,
 )
@@ -157,11 +156,11 @@ def extract_features(
             "backbone": dict(model.config.backbone_fingerprint or {"digest": "unknown"}, parts=None),
             "token_layout": model.config.token_layout,
             "bank": bank.to_list(),
-            "processor": _plain(processor.to_dict()),
+            "processor": plain_values(processor.to_dict()),
             "dtype": dtype,
             "autocast": autocast,
             "torch_compile": torch_compile,
-            "backbone_kwargs": _plain(backbone_kwargs),
+            "backbone_kwargs": plain_values(backbone_kwargs),
             "on_error": on_error,
             "views": views,
             "augmentation": None if augment is None else {"function": Hasher.hash(augment), "seed": seed},
@@ -378,14 +377,3 @@ def _check_request(processor: Any, dtype: str, autocast: str | None, on_error: s
         raise LayerFusionError(f"dtype {dtype!r} cannot be stored: choose from {STORAGE_DTYPES}")
     if processor is None:
         raise LayerFusionError("no image processor came with the backbone: pass image_processor=")
-
-
-def _plain(values: Any) -> Any:
-    """The same values as JSON will give them back, so that they can be compared with a manifest's."""
-
-    def describe(value: Any) -> str:
-        if isinstance(value, Tensor):
-            return hashlib.sha256(value.detach().cpu().numpy().tobytes()).hexdigest()
-        return str(value)
-
-    return json.loads(json.dumps(values, default=describe, sort_keys=True))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ..bank import TokenBank
 from ..errors import LayerFusionError
@@ -285,6 +286,17 @@ def _digest(file: Any) -> str:
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
+
+
+def plain_values(values: Any) -> Any:
+    """The same values as JSON will give them back, so that they can be compared with a manifest's."""
+
+    def describe(value: Any) -> str:
+        if isinstance(value, Tensor):
+            return hashlib.sha256(value.detach().cpu().numpy().tobytes()).hexdigest()
+        return str(value)
+
+    return json.loads(json.dumps(values, default=describe, sort_keys=True))
 
 
 def describe_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:

@@ -30,6 +30,7 @@ from ..heads.attention import token_scales
 from ..noise import add_noise_
 from ..training.metrics import build_compute_metrics
 from ..training.run import MAX_GRADIENT_NORM, MIN_LEARNING_RATE
+from .selection import rank
 from .settings import Setting
 from .stack import Draws, HeadStack, Trial, shape_of, state_bytes
 
@@ -187,7 +188,9 @@ class Engine:
         save_seconds: the state is saved after an epoch if this long has passed since the last time.
         keep_states: whether the trained heads are wanted.
         identity: of the sweep: a state of another one is refused, or with `overwrite` replaced.
+        share: which of the processes this is: a state of another number of them is of no use.
         overwrite: see `identity`.
+        name: of the bar.
         progress: show a bar.
     """
 
@@ -199,16 +202,19 @@ class Engine:
         protocol: Protocol,
         *,
         checkpoint: Path | None = None,
-        save_seconds: float = 60.0,
+        save_seconds: float = 120.0,
         keep_states: bool = False,
         identity: str = "",
+        share: str = "0 of 1",
         overwrite: bool = False,
+        name: str = "training",
         progress: bool = True,
     ):
         self.trials, self.configs, self.protocol = list(trials), dict(configs), protocol
         self.checkpoint, self.save_seconds, self.keep_states = checkpoint, save_seconds, keep_states
         self.progress = progress
-        self.identity, self.overwrite = identity, overwrite
+        self.name = name
+        self.identity, self.share, self.overwrite = identity, share, overwrite
         self.bank = TokenBank(())
         for config in self.configs.values():
             self.bank |= config.bank
@@ -223,14 +229,16 @@ class Engine:
         if not self.trials:
             return self.runs
         start = self._load()
-        waves = start.waves or self._waves()
+        start.waves = waves = start.waves or self._waves()
         if len(waves) > 1:
             logger.warning(
                 f"{len(self.trials)} heads do not fit the memory at once: they are trained in {len(waves)} rounds of up "
                 f"to {max(map(len, waves))}"
             )
         total = sum(self._steps_per_epoch(trial.fold) for trial in self.trials) * self.protocol.last_epoch
-        with tqdm(total=total, desc="heads x steps", unit="step", unit_scale=True, disable=not self.progress) as bar:
+        with tqdm(
+            total=total, desc=f"{self.name}: heads x steps", unit="step", unit_scale=True, disable=not self.progress
+        ) as bar:
             for number, wave in enumerate(waves):
                 if number < start.wave:
                     bar.update(sum(self._steps_per_epoch(t.fold) for t in wave) * self.protocol.last_epoch)
@@ -473,6 +481,7 @@ class Engine:
             tensors |= {f"{self.trials.index(trial)}/final/{name}": value for name, value in state.items()}
         record = {
             "identity": self.identity,
+            "share": self.share,
             "waves": [[self.trials.index(trial) for trial in wave] for wave in where.waves],
             "wave": where.wave,
             "epoch": where.epoch,
@@ -490,26 +499,34 @@ class Engine:
             with safe_open(self.checkpoint, framework="pt") as file:
                 record = json.loads(file.metadata()["sweep"])
                 tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            is_own = record["identity"] == self.identity
+            if is_own and record["share"] != self.share:
+                logger.warning(
+                    f"the state {self.checkpoint} is of process {record['share']}, not {self.share}: the sweep begins anew"
+                )
+                return _Start()
+            if is_own:
+                self.runs = {trial: TrialRun(**run) for trial, run in zip(self.trials, record["runs"], strict=True)}
+                waves = [[self.trials[number] for number in wave] for wave in record["waves"]]
+                wave, epoch = int(record["wave"]), int(record["epoch"])
+        except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
             logger.warning(f"the state {self.checkpoint} cannot be read ({error}): the sweep begins anew")
             return _Start()
-        if record["identity"] != self.identity:
+        if not is_own:
             if not self.overwrite:
                 raise LayerFusionError(
                     f"{self.checkpoint.parent.parent} holds an unfinished sweep of something else: give another folder, or "
-                    "replace it with overwrite=True (--overwrite)"
+                    "replace it with overwrite=True (--overwrite_sweep)"
                 )
             return _Start()
-        self.runs = {trial: TrialRun(**run) for trial, run in zip(self.trials, record["runs"], strict=True)}
         numbers = {trial: number for number, trial in enumerate(self.trials)}
         for trial, number in numbers.items():
             prefix = f"{number}/final/"
             final = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
             if final:
                 self.states[trial] = final
-        logger.info(f"the sweep goes on from {self.checkpoint}, after epoch {record['epoch']}")
-        waves = [[self.trials[number] for number in wave] for wave in record["waves"]]
-        return _Start(record["wave"], record["epoch"], tensors, numbers, waves)
+        logger.info(f"the sweep goes on from {self.checkpoint}, after epoch {epoch}")
+        return _Start(wave, epoch, tensors, numbers, waves)
 
 
 @dataclass
@@ -529,7 +546,8 @@ class _Start:
 def better_settings(means: Mapping[Setting, float], share: float) -> list[Setting]:
     """The best of those that are still trained (the others' mean is NaN): `share` of all settings, at least one."""
     alive = [setting for setting, mean in means.items() if not math.isnan(mean)]
-    return sorted(alive, key=lambda setting: -means[setting])[: max(1, math.ceil(share * len(means)))]
+    alive.sort(key=lambda setting: rank(setting, means[setting]), reverse=True)
+    return alive[: max(1, math.ceil(share * len(means)))]
 
 
 class Meter:

@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from ..configuration_layer_fusion import LayerFusionConfig
 from ..errors import LayerFusionError
+from ..features.manifest import describe_difference, plain_values
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
 from .engine import LOSSES
 from .selection import rank, spread
@@ -44,8 +45,8 @@ PROTOCOL_FIELDS = ("metric", "overrides", "features", "identity")
 
 logger = logging.get_logger(__name__)
 
-
-_HEAD_NAME = re.compile(r"head-seed[0-9]+\.safetensors")
+# Every file of a result, also under the name that it has until it is whole.
+_OWN_NAME = re.compile(r"(head-seed[0-9]+\.safetensors|sweep\.json|sweep\.png|trials\.csv)(\.[0-9]+\.tmp)?")
 
 
 def head_file(seed: int) -> str:
@@ -181,7 +182,7 @@ class SweepResult:
             options: for `from_backbone` (`revision`, `dtype`, `image_processor`, ...).
 
         Raises:
-            LayerFusionError: if no head was trained on all rows, or the backbone is another one.
+            LayerFusionError: if no head was trained on all rows, or the backbone or its image processor is another one.
         """
         state = self.head_state(seed)
         model = ViTForAttentiveLayerFusionClassification.from_backbone(
@@ -196,6 +197,15 @@ class SweepResult:
                 f"the features of this sweep came from a backbone with fingerprint {str(expected)[:12]}, but "
                 f"{model.config.backbone_name_or_path} has {str(found)[:12]}: give the backbone they were extracted with"
             )
+        extracted_with = self.protocol["features"]["processor"]
+        if extracted_with is not None and model.image_processor is not None:
+            difference = describe_difference(extracted_with, plain_values(model.image_processor.to_dict()))
+            if difference is not None:
+                raise LayerFusionError(
+                    f"the features of this sweep were extracted with another image processor ({difference}): pass the "
+                    "same one as image_processor="
+                )
+        model.config.class_weights = self.config.class_weights
         model.head.load_state_dict(state)
         return model
 
@@ -237,7 +247,7 @@ class SweepResult:
         # The first to go and the last to come: where it stands, the rest belongs to it.
         (folder / RESULT_NAME).unlink(missing_ok=True)
         for file in list(folder.iterdir()):
-            if file.name == FIGURE_NAME or _HEAD_NAME.fullmatch(file.name):
+            if _OWN_NAME.fullmatch(file.name):
                 file.unlink()
         digests = {}
         for seed, state in self.heads.items():
@@ -250,15 +260,15 @@ class SweepResult:
         writer.writeheader()
         writer.writerows(self.trials)
         _write(folder / TABLE_NAME, table.getvalue().encode())
-        text = json.dumps(self._to_dict(digests), indent=1, allow_nan=False) + "\n"
-        _write(folder / RESULT_NAME, text.encode())
         figure = io.BytesIO()
         try:
             self.plot(figure)
-        except LayerFusionError as error:
+        except Exception as error:  # whatever it is, hours of training must not be lost for a figure
             logger.warning(f"{folder / FIGURE_NAME} is not written: {error}")
         else:
             _write(folder / FIGURE_NAME, figure.getvalue())
+        text = json.dumps(self._to_dict(digests), indent=1, allow_nan=False) + "\n"
+        _write(folder / RESULT_NAME, text.encode())
 
     def _to_dict(self, digests: dict[int, str]) -> dict[str, Any]:
         return {

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
+import operator
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,28 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers.utils import logging
 
-from ..configuration_layer_fusion import HEAD_OPTIONS, LayerFusionConfig
+from ..configuration_layer_fusion import LayerFusionConfig
 from ..errors import LayerFusionError
 from ..features import LayerFeatures
-from ..losses import problem_type_of
 from ..training.class_weights import class_weights
-from ..training.metrics import IGNORED_LABEL
 from ..training.run import default_batch_size, default_epochs
 from ..version import __version__
 from .engine import Engine, Protocol, Rows, TrialRun, learning_rate_at
+from .inputs import (
+    check_choice,
+    check_metric,
+    checked_device,
+    checked_groups,
+    checked_seeds,
+    config_of,
+    describe_features,
+    labelled,
+    settings_of,
+    writable_folder,
+)
 from .result import RESULT_NAME, SweepResult
 from .selection import choose, split_rows
-from .settings import FIELDS, Grid, Setting, expand_grid, merge_settings
+from .settings import FIELDS, Grid, Setting, merge_settings
 from .stack import Trial
 
 logger = logging.get_logger(__name__)
@@ -41,8 +53,6 @@ DEFAULT_METRICS = {
     "regression": "mse",
 }
 STATE_FOLDER = "sweep-state"
-# Fields of the config that mean nothing to a sweep.
-_NOT_SWEPT = ("class_weights", "freeze_backbone", "backbone_lr_factor")
 
 
 def sweep(
@@ -57,7 +67,7 @@ def sweep(
     metric: str | None = None,
     validation_size: float = 0.2,
     num_folds: int | None = None,
-    groups: Sequence[Any] | None = None,
+    groups: Sequence[Any] | np.ndarray | None = None,
     split_seed: int = 0,
     seeds: Sequence[int] = (0,),
     num_epochs: int | None = None,
@@ -66,7 +76,7 @@ def sweep(
     refit: bool = True,
     output_dir: str | Path | None = None,
     overwrite: bool = False,
-    save_seconds: float = 60.0,
+    save_seconds: float = 120.0,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     autocast: str | None = None,
@@ -121,38 +131,46 @@ def sweep(
         LayerFusionError: for features without labels or with bad values, tokens that they do not hold, a bad option,
             another sweep in `output_dir`, or if every setting diverged.
     """
-    _check_choice("strategy", strategy, STRATEGIES)
-    _check_choice("dtype", dtype, (torch.float32, torch.float64))
-    _check_choice("autocast", autocast, (None, "bfloat16", "float16"))
+    started = time.monotonic()
+    check_choice("strategy", strategy, STRATEGIES)
+    check_choice("dtype", dtype, (torch.float32, torch.float64))
+    check_choice("autocast", autocast, (None, "bfloat16", "float16"))
     counts = {"num_epochs": num_epochs, "batch_size": batch_size, "patience": patience}
     for name, value in {**counts, "heads_at_once": heads_at_once, "max_memory": max_memory}.items():
         if value is not None and (type(value) is not int or value < 1):
             raise LayerFusionError(f"{name}={value!r}: use a whole number from 1 up, or None")
-    folder = None if output_dir is None else Path(output_dir)
-    if folder is not None:
-        try:  # now, not after hours of training
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LayerFusionError(f"output_dir={str(folder)!r} cannot be written to: {error}") from error
-    state = PartialState()
-    device = torch.device(device or state.device)
-    seeds = _checked_seeds(seeds)
-    settings = _settings(grid, recipe, overrides)
+    if not isinstance(save_seconds, int | float) or save_seconds < 0:
+        raise LayerFusionError(f"save_seconds={save_seconds!r}: use 0 or a positive number")
+    folder = writable_folder(output_dir)
+    wanted_device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+    state = PartialState(cpu=checked_device(wanted_device).type == "cpu")
+    device = state.device if device is None else torch.device(device)
+    seeds = checked_seeds(seeds)
+    settings = settings_of(grid, recipe, overrides)
     overrides = {name: value for name, value in overrides.items() if name not in FIELDS}
     given = len(features)
-    features, kept, options = _labelled(features, num_labels, id2label, problem_type)
+    if groups is None and features.num_views > 1:
+        groups = features.source_rows  # views of one image belong together
+    features, kept, options = labelled(features, num_labels, id2label, problem_type)
     labels = features.labels
     assert labels is not None
-    if groups is not None:
-        if len(groups) != given:
-            raise LayerFusionError(f"groups has {len(groups)} entries, but there are {given} rows: give one per row")
-        groups = [groups[row] for row in kept]
-    configs = {setting: _config(features, setting, options, overrides) for setting in settings}
+    groups = checked_groups(groups, kept, given)
+    configs = {setting: config_of(features, setting, options, overrides) for setting in settings}
     config = configs[settings[0]]
+    bank = functools.reduce(operator.or_, (config.bank for config in configs.values()))
+    features = features.select_bank(bank)  # what nobody reads need not be finite
     features.check(config.num_labels if config.problem_type == "single_label_classification" else None)
-    folds = split_rows(features, validation_size=validation_size, num_folds=num_folds, seed=split_seed, groups=groups)
+    folds = split_rows(
+        features,
+        validation_size=validation_size,
+        num_folds=num_folds,
+        seed=split_seed,
+        groups=groups,
+        stratified=config.problem_type != "regression",
+    )
     num_rows = min(len(train) for train, _ in folds)
     protocol = _protocol(num_rows, num_epochs, batch_size, config, metric)
+    check_metric(protocol.metric, config, labels)
     protocol.patience, protocol.halving = patience, strategy == "halving"
     protocol.heads_at_once, protocol.max_memory = heads_at_once, max_memory
     protocol.device, protocol.dtype, protocol.autocast = device, dtype, autocast
@@ -181,11 +199,19 @@ def sweep(
         "autocast": autocast,
         "heads_at_once": heads_at_once,
         "refit": refit,
-        "features": _describe_features(features, folds),
+        "features": describe_features(features, folds),
         "versions": {"hf_layerfusion": __version__, "torch": torch.__version__},
     }
+    try:
+        record = json.loads(json.dumps(record, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise LayerFusionError(
+            f"the options of a sweep must be plain numbers, texts and lists of them: {error}"
+        ) from error
     identity = _digest([record, [setting.to_dict() for setting in settings]])
     if folder is not None and (done := _finished(folder, identity, overwrite)) is not None:
+        if state.is_main_process:  # what a kill at the very end left
+            shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)
         return done
     if _fits(features, device):
         features = features.to(device)
@@ -203,11 +229,14 @@ def sweep(
             checkpoint=folder and folder / STATE_FOLDER / f"{name}-{state.process_index}.safetensors",
             save_seconds=save_seconds,
             keep_states=keep,
-            identity=f"{identity}-{state.num_processes}",  # each process has a state of its own
+            identity=identity,
+            share=f"{state.process_index} of {state.num_processes}",
             overwrite=overwrite,
+            name=name,
             progress=progress and state.is_main_process,
         )
-        engine.run()
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+            engine.run()
         return engine
 
     wanted = [settings[number] for number in sorted(set(trained_as))]
@@ -230,7 +259,9 @@ def sweep(
             raise LayerFusionError(f"training on all rows diverged from seed {lost[0]}: use smaller learning rates")
         heads = {seed: states[Trial(best, seed)] for seed in seeds}
         record["refit_epochs"], record["refit_batch_size"] = final.last_epoch, final.batch_size
-    record["identity"] = identity
+    if best.balance_classes:
+        configs[best].class_weights = _weights(labels, config)
+    record["identity"], record["seconds"] = identity, round(time.monotonic() - started, 1)
     result = SweepResult(
         trials=_table(settings, trained_as, seeds, len(folds), runs),
         curves=[
@@ -249,85 +280,6 @@ def sweep(
             shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)
         state.wait_for_everyone()
     return result
-
-
-def _check_choice(name: str, value: Any, legal: Sequence[Any]) -> None:
-    if value not in legal:
-        raise LayerFusionError(f"{name} {value!r} is unknown: choose from {', '.join(map(str, legal))}")
-
-
-def _settings(grid: Grid, recipe: str | Sequence[str], overrides: dict[str, Any]) -> list[Setting]:
-    """The grid's settings; an option that a grid may vary, given by itself, is the same in all of them."""
-    recipes = [recipe] if isinstance(recipe, str) else list(recipe)
-    settings = expand_grid(grid, recipes)
-    if not settings:
-        raise LayerFusionError("the grid holds no setting: give at least one")
-    fixed = {name: overrides[name] for name in FIELDS if name in overrides}
-    if not fixed:
-        return settings
-    return list(dict.fromkeys(expand_grid([{**setting.to_dict(), **fixed} for setting in settings])))
-
-
-def _labelled(
-    features: LayerFeatures, num_labels: int | None, id2label: Any, problem_type: str | None
-) -> tuple[LayerFeatures, np.ndarray, dict[str, Any]]:
-    """The rows that have a label, their numbers, and what the config needs to know of the labels."""
-    labels = features.labels
-    if labels is None:
-        raise LayerFusionError("the features have no labels: extract them with label_column=")
-    is_classes = labels.ndim == 1 and labels.dtype.kind in "iu"
-    kept = np.flatnonzero(labels != IGNORED_LABEL) if is_classes else np.arange(len(labels))
-    if len(kept) < len(labels):
-        features, labels = features.select_rows(kept), labels[kept]
-    if not len(features):
-        raise LayerFusionError("the features hold no labelled row: there is nothing to train on")
-    names = id2label if id2label is not None else features.label_names
-    if names is not None:
-        pairs = names.items() if isinstance(names, dict) else enumerate(names)
-        options: dict[str, Any] = {"id2label": {int(number): str(name) for number, name in pairs}}
-        if num_labels is not None and num_labels != len(options["id2label"]):
-            raise LayerFusionError(f"num_labels={num_labels}, but there are {len(options['id2label'])} class names")
-    elif num_labels is not None:
-        options = {"num_labels": num_labels}
-    elif labels.ndim > 1:
-        options = {"num_labels": labels.shape[1]}
-    else:
-        options = {"num_labels": int(labels.max()) + 1 if is_classes and problem_type != "regression" else 1}
-    if problem_type in ("regression", "multi_label_classification"):
-        width = labels.shape[1] if labels.ndim > 1 else 1
-        found = options["num_labels"] if "num_labels" in options else len(options["id2label"])
-        if found != width:
-            raise LayerFusionError(
-                f"problem_type={problem_type!r} needs one number per row and output, but the labels have {width} and the "
-                f"head {found}: leave problem_type out, or extract other labels"
-            )
-    return features, kept, {**options, "problem_type": problem_type}
-
-
-def _config(
-    features: LayerFeatures, setting: Setting, options: dict[str, Any], overrides: dict[str, Any]
-) -> LayerFusionConfig:
-    if unknown := sorted(overrides.keys() - set(HEAD_OPTIONS)):
-        raise LayerFusionError(
-            f"{unknown[0]!r} is no option of sweep or of a head; heads take {', '.join(HEAD_OPTIONS)}"
-        )
-    if idle := [name for name in _NOT_SWEPT if name in overrides]:
-        raise LayerFusionError(
-            f"{idle[0]!r} is no option of sweep: classes are weighted by the grid's balance_classes, and a backbone is "
-            "fine-tuned with Trainer"
-        )
-    if overrides.get("width_alignment") == "project":
-        raise LayerFusionError(
-            "width_alignment='project' gives every head tokens of its own, which a sweep cannot share: "
-            "train it with build_trainer"
-        )
-    layout = features.fingerprint["token_layout"]
-    config = LayerFusionConfig(token_layout=layout, **options, **overrides, **setting.config_options)
-    if config.problem_type is None:
-        problem: Any = problem_type_of(config, torch.as_tensor(features.select_rows([0]).labels))
-        config.problem_type = problem
-    features.bank.positions_of(config.bank)  # says which tokens are missing
-    return config
 
 
 def _protocol(
@@ -351,25 +303,6 @@ def _weights(labels: np.ndarray, config: LayerFusionConfig) -> list[float] | Non
     if config.problem_type != "single_label_classification":
         return None
     return class_weights(labels, config.num_labels)
-
-
-def _checked_seeds(seeds: Sequence[int]) -> list[int]:
-    is_list = isinstance(seeds, Sequence | np.ndarray) and not isinstance(seeds, str)
-    checked = [int(seed) for seed in seeds if isinstance(seed, Integral)] if is_list else []
-    if not checked or len(set(checked)) != len(seeds) or not all(0 <= seed < 2**32 for seed in checked):
-        raise LayerFusionError(f"seeds={seeds!r}: give a list of one or several different whole numbers from 0 up")
-    return checked
-
-
-def _describe_features(features: LayerFeatures, folds: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
-    """What tells these rows and tokens, and how they are split, from any others."""
-    digest = hashlib.sha256()
-    for shard in features.manifest.shards:
-        digest.update(shard.sha256.encode())
-    for array in (features.cache_rows, features.labels, *(part for fold in folds for part in fold)):
-        digest.update(np.ascontiguousarray(array).tobytes())
-    backbone = features.fingerprint.get("backbone") or {}
-    return {"rows": len(features), "digest": digest.hexdigest(), "backbone": backbone.get("digest")}
 
 
 def _digest(content: Any) -> str:
@@ -396,7 +329,7 @@ def _finished(folder: Path, identity: str, overwrite: bool) -> SweepResult | Non
     if not overwrite:
         raise LayerFusionError(
             f"{folder} holds a sweep of something else: give another folder, or replace it with overwrite=True "
-            "(--overwrite)"
+            "(--overwrite_sweep)"
         )
     return None
 

@@ -215,9 +215,14 @@ class HeadStack:
 
 def first_state(config: LayerFusionConfig, seed: int) -> dict[str, Tensor]:
     """The state dict of the head that a sweep starts from: the same for one shape and seed, whatever the rest."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build_head(config).state_dict()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return build_head(config).state_dict()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _keep(uniform: Tensor, rates: Tensor) -> Tensor:
