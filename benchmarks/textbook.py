@@ -29,6 +29,8 @@ class TextbookHead(nn.Module):
         num_heads: H; `None` for one head per token. A head is `d = 2 * (D // H)` wide.
         attention_dropout: on the attention weights.
         use_sdpa: attend with `F.scaled_dot_product_attention` instead of two products and a softmax.
+        expands_query: normalise and project the query once per row, as attention pooling is often written (the
+            paper's code does), instead of once.
     """
 
     def __init__(
@@ -39,11 +41,12 @@ class TextbookHead(nn.Module):
         num_heads: int | None = None,
         attention_dropout: float = 0.0,
         use_sdpa: bool = False,
+        expands_query: bool = False,
     ):
         super().__init__()
         self.num_heads = num_tokens if num_heads is None else num_heads
         self.head_dim = 2 * (hidden_size // self.num_heads)
-        self.attention_dropout, self.use_sdpa = attention_dropout, use_sdpa
+        self.attention_dropout, self.use_sdpa, self.expands_query = attention_dropout, use_sdpa, expands_query
         inner = self.num_heads * self.head_dim
         self.query = nn.Parameter(0.02 * torch.randn(1, 1, hidden_size))
         self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(hidden_size) for _ in range(3))
@@ -55,7 +58,8 @@ class TextbookHead(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `(B, C)` of tokens `(B, N, D)`."""
         heads = (self.num_heads, self.head_dim)
-        query = self.q_proj(self.norm_q(self.query)).view(heads)  # (H, d), the same for every row
+        query = self.query.expand(len(tokens), -1, -1) if self.expands_query else self.query
+        query = self.q_proj(self.norm_q(query)).view(-1, *heads)  # (B, H, d), or (1, H, d) for all rows
         keys = self.k_proj(self.norm_k(tokens)).unflatten(-1, heads)  # (B, N, H, d)
         values = self.v_proj(self.norm_v(tokens)).unflatten(-1, heads)  # (B, N, H, d)
         attend = self._attend_sdpa if self.use_sdpa else self._attend_products
@@ -63,13 +67,14 @@ class TextbookHead(nn.Module):
         return self.classifier(self.batch_norm(self.out_proj(gathered.flatten(1))))
 
     def _attend_products(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        scores = torch.einsum("hd,bnhd->bhn", query * self.head_dim**-0.5, keys)
+        query = (query * self.head_dim**-0.5).expand(len(keys), -1, -1)
+        scores = torch.einsum("bhd,bnhd->bhn", query, keys)
         attentions = F.dropout(scores.softmax(dim=-1), self.attention_dropout, self.training)  # (B, H, N)
         return torch.einsum("bhn,bnhd->bhd", attentions, values)
 
     def _attend_sdpa(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         gathered = F.scaled_dot_product_attention(
-            query.unsqueeze(1).expand(len(keys), -1, -1, -1),  # (B, H, 1, d)
+            query.expand(len(keys), -1, -1).unsqueeze(2),  # (B, H, 1, d)
             keys.transpose(1, 2),  # (B, H, N, d)
             values.transpose(1, 2),
             dropout_p=self.attention_dropout if self.training else 0.0,

@@ -39,12 +39,13 @@ def unit_tokens(num_tokens, rows=BATCH_SIZE):
 
 
 @pytest.mark.parametrize("mode", ["train", "train-dropout", "eval"])
+@pytest.mark.parametrize("expands_query", [False, True], ids=["one query", "query per row"])
 @pytest.mark.parametrize("use_sdpa", [False, True], ids=["products", "sdpa"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_textbook_head_is_the_library_s(shape, use_sdpa, mode):
+def test_the_textbook_head_is_the_library_s(shape, use_sdpa, expands_query, mode):
     num_tokens, num_heads = SHAPES[shape]
     dropout = 0.3 if mode == "train-dropout" else 0.0
-    textbook = randomised(TextbookHead(WIDTH, num_tokens, NUM_LABELS, num_heads, dropout, use_sdpa))
+    textbook = randomised(TextbookHead(WIDTH, num_tokens, NUM_LABELS, num_heads, dropout, use_sdpa, expands_query))
     own = AttentiveFusionHead(WIDTH, num_tokens, NUM_LABELS, num_heads=num_heads, attention_dropout=dropout).double()
     own.load_state_dict(textbook.state_dict())
     tokens, coefficients = unit_tokens(num_tokens), torch.randn(BATCH_SIZE, NUM_LABELS, dtype=torch.float64)

@@ -140,7 +140,7 @@ def add_search_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--save_seconds",
         type=number(float, at_least=0),
-        help="least time between two saves of the state (default: 60)",
+        help="least time between two saves of the state (default: 120)",
     )
     group.add_argument("--overwrite_sweep", action="store_true", help="replace another sweep in the output folder")
 
