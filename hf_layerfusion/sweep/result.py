@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save_file
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 from transformers.utils import logging
 
@@ -251,10 +251,10 @@ class SweepResult:
                 file.unlink()
         digests = {}
         for seed, state in self.heads.items():
-            staged = _staged(folder / head_file(seed))
-            save_file({name: value.contiguous() for name, value in state.items()}, staged, metadata={"format": "pt"})
-            digests[seed] = hashlib.sha256(staged.read_bytes()).hexdigest()
-            staged.replace(folder / head_file(seed))
+            # Not by safetensors' own `save_file`, whose files no other user can read.
+            content = save_tensors({name: value.contiguous() for name, value in state.items()}, {"format": "pt"})
+            digests[seed] = hashlib.sha256(content).hexdigest()
+            _write(folder / head_file(seed), content)
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, fieldnames=list(self.trials[0]), lineterminator="\n")
         writer.writeheader()

@@ -90,7 +90,7 @@ _PAPER = {
     "noise_std": [0.05],
 }
 _FAST = {
-    "learning_rate": [3e-2, 1e-2, 3e-3],
+    "learning_rate": [1e-1, 1e-2, 1e-3],
     "weight_decay": [1e-4, 1e-1],
     "attention_dropout": [0.0, 0.3],
 }
@@ -212,7 +212,7 @@ def merge_settings(settings: Sequence[Setting], learning_rates: Mapping[float, f
     """Which settings are the same run: for each, the position of the one that is trained in its place.
 
     AdamW multiplies the weights by 1 - lr_t * decay in each step, whatever the gradient. Over a run that is a factor of
-    exp(-decay * sum of lr_t), and where it is the same to 1 %, so is the run, up to what rounding and chance do anyway.
+    exp(-decay * sum of lr_t), and where it is the same to 1 %, nothing but chance tells two runs apart.
     Of a group, the one with the strongest decay is trained: ties are broken towards it.
 
     Args:
