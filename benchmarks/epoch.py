@@ -37,9 +37,9 @@ from hf_layerfusion import (
     ViTForAttentiveLayerFusionClassification,
     extract_features,
 )
-from hf_layerfusion.sweep.engine import Engine, Protocol, Rows
-from hf_layerfusion.sweep.settings import Setting
-from hf_layerfusion.sweep.stack import Trial
+from hf_layerfusion.sweeps.engine import Engine, Protocol, Rows
+from hf_layerfusion.sweeps.settings import Setting
+from hf_layerfusion.sweeps.stack import Trial
 from hf_layerfusion.training import build_trainer, class_weights
 
 IMAGE_SIZE = 8

@@ -23,10 +23,10 @@ import torch
 
 from hf_layerfusion import LayerFeatures
 from hf_layerfusion.heads import build_head
-from hf_layerfusion.sweep import Setting, SweepResult, expand_grid, sweep
-from hf_layerfusion.sweep.engine import CURVE_POINTS, RUNGS, better_settings, learning_rate_at
-from hf_layerfusion.sweep.selection import choose
-from hf_layerfusion.sweep.settings import merge_settings
+from hf_layerfusion.sweeps import Setting, SweepResult, expand_grid, sweep
+from hf_layerfusion.sweeps.engine import CURVE_POINTS, RUNGS, better_settings, learning_rate_at
+from hf_layerfusion.sweeps.selection import choose
+from hf_layerfusion.sweeps.settings import merge_settings
 from hf_layerfusion.training import BalancedAccuracy
 
 # Points of the curve (of 20) and the share of settings that goes on from there.

@@ -26,7 +26,7 @@ from measure import CLOCKS, table_head, table_row
 from textbook import TextbookHead, train_textbook
 from transformers.utils import logging
 
-from hf_layerfusion.sweep import SweepResult, expand_grid, sweep
+from hf_layerfusion.sweeps import SweepResult, expand_grid, sweep
 from hf_layerfusion.training import class_weights
 
 

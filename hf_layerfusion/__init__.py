@@ -9,7 +9,7 @@ from .features import LayerFeatures, extract_features
 from .heads import AttentiveFusionHead, LinearHead, ScalarMixHead
 from .modeling_layer_fusion import LayerFusionOutput, ViTForAttentiveLayerFusionClassification
 from .recipes import RECIPES, Recipe
-from .sweep import SweepResult, sweep
+from .sweeps import SweepResult, sweep
 from .version import __version__
 
 AutoConfig.register(LayerFusionConfig.model_type, LayerFusionConfig, exist_ok=True)

@@ -22,7 +22,7 @@ from hf_layerfusion import LayerFeatures
 from hf_layerfusion.features.extract import _write_shard
 from hf_layerfusion.features.manifest import Manifest
 from hf_layerfusion.layout import TokenLayout
-from hf_layerfusion.sweep import engine, result, run
+from hf_layerfusion.sweeps import engine, result, run
 
 WIDTH, LAYERS, CLASSES, ROWS = 16, 6, 3, 75
 SHARD_ROWS = 40

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sweep_helpers import class_labels, learnable_tokens, write_features
 
-from hf_layerfusion.sweep import expand_grid, sweep
+from hf_layerfusion.sweeps import expand_grid, sweep
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = {

@@ -13,9 +13,9 @@ from hf_layerfusion.bank import TokenBank
 from hf_layerfusion.features.manifest import Manifest
 from hf_layerfusion.heads import build_head
 from hf_layerfusion.layout import TokenLayout
-from hf_layerfusion.sweep import Setting, sweep
-from hf_layerfusion.sweep.engine import Engine, Protocol, Rows
-from hf_layerfusion.sweep.stack import Trial, first_state
+from hf_layerfusion.sweeps import Setting, sweep
+from hf_layerfusion.sweeps.engine import Engine, Protocol, Rows
+from hf_layerfusion.sweeps.stack import Trial, first_state
 from hf_layerfusion.training import build_trainer, class_weights
 
 WIDTH, LAYERS, CLASSES, ROWS = 24, 4, 5, 90

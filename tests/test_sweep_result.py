@@ -28,9 +28,9 @@ from hf_layerfusion import (
 from hf_layerfusion.analysis.plots import plot_sweep
 from hf_layerfusion.heads import build_head
 from hf_layerfusion.layout import TokenLayout
-from hf_layerfusion.sweep import Setting, SweepResult, expand_grid, sweep
-from hf_layerfusion.sweep.selection import choose
-from hf_layerfusion.sweep.settings import FIELDS, merge_settings
+from hf_layerfusion.sweeps import Setting, SweepResult, expand_grid, sweep
+from hf_layerfusion.sweeps.selection import choose
+from hf_layerfusion.sweeps.settings import FIELDS, merge_settings
 
 EPOCHS = 6
 LAYOUT = TokenLayout.of_plain_vit(16, 6).to_dict()

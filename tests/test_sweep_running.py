@@ -32,10 +32,10 @@ from sweep_helpers import (
 
 from hf_layerfusion import LayerFeatures, LayerFusionConfig, LayerFusionError, sweep
 from hf_layerfusion.bank import TokenBank
-from hf_layerfusion.sweep import SweepResult
-from hf_layerfusion.sweep import engine as engine_module
-from hf_layerfusion.sweep import run as run_module
-from hf_layerfusion.sweep.stack import HeadStack, state_bytes
+from hf_layerfusion.sweeps import SweepResult
+from hf_layerfusion.sweeps import engine as engine_module
+from hf_layerfusion.sweeps import run as run_module
+from hf_layerfusion.sweeps.stack import HeadStack, state_bytes
 
 HELPERS = Path(__file__).with_name("sweep_helpers.py")
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]

@@ -8,10 +8,10 @@ import pytest
 
 from hf_layerfusion import LayerFusionError
 from hf_layerfusion.recipes import RECIPES
-from hf_layerfusion.sweep import GRIDS, Setting, expand_grid
-from hf_layerfusion.sweep.engine import learning_rate_at
-from hf_layerfusion.sweep.selection import choose, split_rows, spread
-from hf_layerfusion.sweep.settings import FIELDS, merge_settings
+from hf_layerfusion.sweeps import GRIDS, Setting, expand_grid
+from hf_layerfusion.sweeps.engine import learning_rate_at
+from hf_layerfusion.sweeps.selection import choose, split_rows, spread
+from hf_layerfusion.sweeps.settings import FIELDS, merge_settings
 
 RATES, DECAYS, DROPOUTS = [0.1, 0.01, 0.001], [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0], [0.0, 0.1, 0.3]
 PAPER = [

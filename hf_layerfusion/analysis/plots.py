@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..sweep import SweepResult
+    from ..sweeps import SweepResult
 
 MIN_COLOUR_RANGE = 1e-3
 

@@ -41,9 +41,9 @@ from ..errors import LayerFusionError
 from ..features import LayerFeatures
 from ..features.manifest import MANIFEST_NAME
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
-from ..sweep import Setting, SweepResult, expand_grid, sweep
-from ..sweep.result import RESULT_NAME, TABLE_NAME
-from ..sweep.run import STRATEGIES
+from ..sweeps import Setting, SweepResult, expand_grid, sweep
+from ..sweeps.result import RESULT_NAME, TABLE_NAME
+from ..sweeps.run import STRATEGIES
 from .options import (
     OptionsError,
     add_backbone_options,

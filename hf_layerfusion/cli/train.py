@@ -27,7 +27,7 @@ from transformers import Trainer, set_seed
 
 from ..features import LayerFeatures
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
-from ..sweep import Setting
+from ..sweeps import Setting
 from ..training import build_trainer
 from .options import (
     OptionsError,
