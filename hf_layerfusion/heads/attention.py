@@ -258,11 +258,11 @@ class _BlockedAttention(torch.autograd.Function):
         all_pooled = probes.new_empty(rows, *probes.shape) if keeps_pooled else None
         to_values, to_scores, bias = values.flatten(0, 1).mT, probes.t(), value_bias.flatten(0, 1)
         whole_bias = bias.sum(dim=1, keepdim=True)  # without dropout, the weights of every head sum to one
-        for block, parts in _blocks(tokens, probes):
+        blocks = _blocks(tokens, probes)
+        buffer = _Buffer(blocks, probes)
+        for block, parts in blocks:
             kept = None if keep is None else keep[block]
-            pooled = (
-                probes.new_empty(block.stop - block.start, *probes.shape) if all_pooled is None else all_pooled[block]
-            )
+            pooled = buffer.take(block, probes.shape) if all_pooled is None else all_pooled[block]
             for part in parts:
                 x, scale = tokens[part].to(probes.dtype), scales[part, :, None]
                 torch.softmax((x @ to_scores).mul_(scale), dim=1, out=attentions[part])
@@ -290,7 +290,7 @@ class _BlockedAttention(torch.autograd.Function):
             ctx.saved_tensors
         )
         num_queries = ctx.num_queries
-        stack, maps, out, _ = values.shape
+        stack, maps, out, width = values.shape
         grad_probes = torch.zeros_like(probes)
         grad_values = torch.empty_like(values).flatten(0, 1)
         grad_bias = torch.zeros_like(value_bias).flatten(0, 1)
@@ -299,10 +299,12 @@ class _BlockedAttention(torch.autograd.Function):
         grad_mapped = grad_mapped.view(stack, -1, num_queries, maps, out)
         from_values, from_bias = values.flatten(0, 1), value_bias.flatten(0, 1).mT
         beta = 0  # the first block overwrites: no pass to clear the array
-        for block, parts in _blocks(tokens, probes):
+        blocks = _blocks(tokens, probes)
+        buffer, grad_buffer = _Buffer(blocks, probes), _Buffer(blocks, probes)
+        for block, parts in blocks:
             kept = None if keep is None else keep[block]
             if all_pooled is None:
-                pooled = probes.new_empty(block.stop - block.start, *probes.shape)
+                pooled = buffer.take(block, probes.shape)
                 for part in parts:
                     x = tokens[part].to(probes.dtype)
                     _pool(pooled, block, part, x, scales[part, :, None], attentions, keep)
@@ -311,7 +313,9 @@ class _BlockedAttention(torch.autograd.Function):
             grad_result = grad_mapped[:, block].permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
             grad_values.baddbmm_(grad_result.mT, _by_map(pooled, values, num_queries), beta=beta)
             beta = 1
-            grad_pooled = _from_map(torch.bmm(grad_result, from_values), values, num_queries, len(probes))  # (b, P, D)
+            grad_by_map = grad_buffer.take(block, probes.shape).view(*grad_result.shape[:2], width)
+            torch.bmm(grad_result, from_values, out=grad_by_map)
+            grad_pooled = _from_map(grad_by_map, values, num_queries, len(probes))  # (b, P, D)
             if kept is None:
                 grad_bias += grad_result.sum(dim=1, keepdim=True)
                 grad_mass = None
@@ -342,6 +346,19 @@ class _BlockedAttention(torch.autograd.Function):
         grad_values.flatten(1, 2).baddbmm_(flat_bias, shift[:, None])
         grad_shift = (weight.flatten(1, 2).mT @ flat_bias).squeeze(-1)
         return None, None, grad_probes, grad_values, grad_gain, grad_shift, None, None, None
+
+
+class _Buffer:
+    """Memory for the pooled vectors of one block after the other: fresh memory costs more than what is done with it."""
+
+    def __init__(self, blocks: list[tuple[slice, list[slice]]], probes: Tensor):
+        largest = max((block.stop - block.start for block, _ in blocks), default=0)
+        self.memory = probes.new_empty(largest * probes.numel())
+
+    def take(self, block: slice, shape: torch.Size) -> Tensor:
+        """`(b, *shape)`, with whatever the last block left in it."""
+        rows = block.stop - block.start
+        return self.memory[: rows * shape.numel()].view(rows, *shape)
 
 
 def _pool(
