@@ -477,7 +477,7 @@ WIDE = {"weight_decay": [0, 1e-3], "num_queries": [1, 2, 4], "balance_classes": 
                 "fast", metric="mse", score=lambda s, *_: -1e12 if s.learning_rate > 0.02 else -20 - s.learning_rate
             ),
             [""],
-            "lr 0.003 · decay 0.1 · dropout 0.3",
+            "lr 0.001 · decay 0.1 · dropout 0.3",
         ),
     ],
     ids=[
