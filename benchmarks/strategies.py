@@ -76,7 +76,8 @@ def evaluate(result: SweepResult, test: LayerFeatures) -> float:
 def measure(name: str, arguments: argparse.Namespace) -> list[dict]:
     train, test = (LayerFeatures.open(arguments.features_dir / name / split) for split in ("train", "test"))
     settings = expand_grid(arguments.grid, [arguments.recipe])
-    options = {"recipe": arguments.recipe, "num_epochs": arguments.num_epochs}
+    # One at a time: then a head's numbers do not depend on the others to the bit.
+    options = {"recipe": arguments.recipe, "num_epochs": arguments.num_epochs, "heads_at_once": 1}
     folder = arguments.output_dir / name
     result = sweep(train, grid=arguments.grid, strategy="full", refit=False, output_dir=folder, **options)
     curves = curves_of(result, settings)

@@ -68,7 +68,8 @@ def test_what_is_read_off_the_curves_is_what_halving_does(tmp_path, monkeypatch)
     labels = class_labels(120)
     features = write_features(tmp_path / "features", labels, learnable_tokens(labels, noise=4.0))
     grid = {"learning_rate": [3e-2, 1e-2, 1e-3], "weight_decay": [1e-1, 1.0], "attention_dropout": [0.0, 0.5]}
-    options = {"grid": grid, "num_epochs": 20, "batch_size": 30, "progress": False, "refit": False}
+    options = {"grid": grid, "num_epochs": 20, "batch_size": 30, "heads_at_once": 1, "refit": False}
+    options["progress"] = False
     full = sweep(features, strategy="full", **options)
     settings = expand_grid(grid)
     curves = strategies.curves_of(full, settings)

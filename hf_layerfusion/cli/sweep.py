@@ -128,7 +128,7 @@ def add_search_options(group: argparse._ArgumentGroup) -> None:
         "--patience", type=number(int, at_least=1), help="stop a head after so many epochs without a better score"
     )
     group.add_argument(
-        "--heads_at_once", type=number(int, at_least=1), help="heads in one pass (default: 1 on a CPU, all on a GPU)"
+        "--heads_at_once", type=number(int, at_least=1), help="heads in one pass (default: 2 on a CPU, all on a GPU)"
     )
     group.add_argument(
         "--max_memory_gb",

@@ -121,7 +121,8 @@ def sweep(
         device: to train on; by default the GPU of this process if there is one.
         dtype: of the heads.
         autocast: compute products in this dtype, such as `"bfloat16"`.
-        heads_at_once: heads stacked in one pass; by default one on a CPU, all on a GPU.
+        heads_at_once: heads stacked in one pass; by default two on a CPU, all on a GPU. With 1, a head's numbers do not
+            depend on which others are trained, to the bit; else up to rounding.
         max_memory: bytes for the heads' parameters, gradients and moments; by default a share of what is free. Grids
             that do not fit are trained in rounds.
         progress: show a bar.
