@@ -114,8 +114,9 @@ def fold_parameters(parameters: Mapping[str, Tensor], num_heads: int, num_rows: 
 def _fold_norm(value: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """W' `(K, H, d, D)` and W_v,h b_v `(K, H, 1, d)` of W_v `(K, H, d, D)`, g_v and b_v `(K, D)`."""
     values = value * gain[:, None, None]
+    values -= values.mean(dim=-1, keepdim=True)  # in place: fresh memory costs more than the arithmetic
     value_bias = (value.flatten(1, 2) @ shift[..., None]).view(*value.shape[:2], 1, -1)
-    return values - values.mean(dim=-1, keepdim=True), value_bias
+    return values, value_bias
 
 
 def attend(
@@ -244,9 +245,7 @@ class _BlockedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         values = weight
         if gain is not None and shift is not None:
-            values = weight * gain[:, None, None]
-            values -= values.mean(dim=-1, keepdim=True)
-            value_bias = (weight.flatten(1, 2) @ shift[..., None]).view(*weight.shape[:2], 1, -1)
+            values, value_bias = _fold_norm(weight, gain, shift)
         assert value_bias is not None
         stack, maps, out, _ = values.shape
         rows, num_tokens, _ = tokens.shape
