@@ -32,7 +32,7 @@ from transformers.utils import logging
 from hf_layerfusion import LayerFeatures, ViTForAttentiveLayerFusionClassification, extract_features
 from hf_layerfusion.analysis import summarise_attentions
 from hf_layerfusion.analysis.plots import plot_attention
-from hf_layerfusion.data import label_options, open_dataset, prepare_splits, resize_processor
+from hf_layerfusion.data import label_options, open_dataset, prepare_splits
 from hf_layerfusion.training import build_trainer
 
 # Three learning rates a recipe, a decade around its default; the largest comes last, so that ties go to a smaller one.
@@ -118,9 +118,11 @@ def main() -> None:
 
     # One model reads all the tokens that the three recipes need, in one pass over the images.
     model = ViTForAttentiveLayerFusionClassification.from_backbone(
-        arguments.backbone, modules=["block", "final_norm"], **label_options(splits["train"], label_column)
+        arguments.backbone,
+        modules=["block", "final_norm"],
+        image_size=arguments.image_size,
+        **label_options(splits["train"], label_column),
     )
-    model.image_processor = resize_processor(model.image_processor, arguments.image_size)
     features = {
         split: extract_features(
             model,

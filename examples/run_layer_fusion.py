@@ -28,7 +28,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_layerfusion import RECIPES, LayerFusionError, ViTForAttentiveLayerFusionClassification, extract_features
-from hf_layerfusion.data import label_options, open_dataset, prepare_splits, resize_processor
+from hf_layerfusion.data import label_options, open_dataset, prepare_splits
 from hf_layerfusion.training import (
     ImageCollator,
     LayerFeatureCollator,
@@ -116,10 +116,9 @@ def main() -> None:
         noise_std=model_args.noise_std,
         freeze_backbone=model_args.freeze_backbone,
         backbone_lr_factor=model_args.backbone_lr_factor,
+        **({"image_size": data_args.image_size} if data_args.image_size else {}),
         **label_options(splits["train"], label_column),
     )
-    if data_args.image_size:
-        model.image_processor = resize_processor(model.image_processor, data_args.image_size)
     if data_args.balance_classes:
         model.config.class_weights = class_weights(splits["train"][label_column][:], model.config.num_labels)
 

@@ -16,7 +16,8 @@ class TokenCoordinate(NamedTuple):
     """Where one token of the bank comes from.
 
     `layer` counts as transformers counts hidden states: 0 is the embedding output, k the output of block (or stage) k.
-    The model's own pooled vector has module and pool `"pooler"`.
+    The model's own pooled vector has module and pool `"pooler"`. Of all tokens, the pools are `"cls"` and
+    `"patch 0"`, `"patch 1"`, ..., row by row.
     """
 
     layer: int
@@ -88,6 +89,22 @@ def resolve_layers(spec: LayerSpec, num_layers: int) -> list[int]:
     return sorted(layers)
 
 
+_PATCH = "patch "
+
+
+def patch_pool(number: int) -> str:
+    """The pool that is one patch; patches are counted row by row from 0."""
+    return f"{_PATCH}{number}"
+
+
+def is_patch(pool: str) -> bool:
+    return pool.startswith(_PATCH)
+
+
+def patch_number(pool: str) -> int:
+    return int(pool.removeprefix(_PATCH))
+
+
 @dataclass(frozen=True)
 class TokenBank:
     """An ordered set of token coordinates: the N axis of every `(B, N, D)` tensor in this library."""
@@ -96,9 +113,22 @@ class TokenBank:
 
     @classmethod
     def build(
-        cls, layers: Sequence[int], modules: Sequence[str], pools: Sequence[str], layout: TokenLayout
+        cls,
+        layers: Sequence[int],
+        modules: Sequence[str],
+        pools: Sequence[str],
+        layout: TokenLayout,
+        image_size: Sequence[int] | None = None,
     ) -> TokenBank:
-        """All combinations that exist in a backbone: not every layer has every module, or a CLS token."""
+        """All combinations that exist in a backbone: not every layer has every module, or a CLS token.
+
+        Args:
+            pools: `"cls"`, `"mean"`, and `"tokens"` for CLS and every patch.
+            image_size: height and width in pixels, which decide the number of patches; `None` for the native size.
+
+        Raises:
+            LayerFusionError: for `"tokens"` where the number of patches is not known.
+        """
         coordinates = []
         for layer in layers:
             for module in modules:
@@ -107,8 +137,14 @@ class TokenBank:
                 if layout.kind(module) == "vector":
                     coordinates.append(TokenCoordinate(layer, module, module))
                     continue
-                there = [pool for pool in pools if pool != "cls" or layout.has_cls_at(layer, module)]
-                coordinates += [TokenCoordinate(layer, module, pool) for pool in there]
+                names: list[str] = []
+                for pool in pools:
+                    if pool == "tokens":
+                        names += ["cls", *map(patch_pool, range(layout.num_patches(layer, image_size)))]
+                    else:
+                        names.append(pool)
+                there = [pool for pool in names if pool != "cls" or layout.has_cls_at(layer, module)]
+                coordinates += [TokenCoordinate(layer, module, pool) for pool in dict.fromkeys(there)]
         return cls(tuple(coordinates))
 
     @classmethod

@@ -13,7 +13,7 @@ from .bank import TokenBank, resolve_layers
 from .errors import LayerFusionError
 from .layout import MODULES, TokenLayout
 from .pooling import POOLS
-from .recipes import RECIPES, Recipe
+from .recipes import Recipe, find_recipe
 
 HEAD_TYPES = ("attentive", "linear", "scalar_mix")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
@@ -33,26 +33,29 @@ class LayerFusionConfig(PreTrainedConfig):
         backbone_revision: the commit on the Hub.
         backbone_fingerprint: of its weights, as `WeightFingerprint.to_dict` gives it.
         token_layout: as `TokenLayout.to_dict` gives it; `None` derives it for a plain ViT-like config.
-        recipe: a name from `RECIPES`.
+        recipe: a name from `RECIPES`, or of a family (`"linear-layer:7"`, see `find_recipe`).
         layers: `None` (all), an integer (the last n), a list (0 is the embedding output, negatives count from the
             end), or a string (`"last"`, `"2:"`, `"spaced:4"`); stored as the list of layer numbers.
         modules: points inside a layer: `"ln1"`, `"attention"`, `"residual"`, `"ln2"`, `"fc1"`, `"activation"`, `"fc2"`,
             `"block"`; of the last layer also `"final_norm"` and `"pooler"`. `layerfusion info` names those that a
             backbone has.
-        pools: `"cls"`, `"mean"`.
+        pools: `"cls"`, `"mean"`, and `"tokens"` for CLS and every patch.
+        image_size: height and width in pixels of the images, which `"tokens"` needs to know; `None` for the backbone's
+            native size.
         width_alignment: how tokens of several widths come to one: `"pad"` with zeros (the reference), or `"project"`
             by a learned projection per width, which begins as padding.
         token_normalization: `"l2"` divides each token by its norm (paper, section 3), `"none"` leaves it.
-        noise_std: standard deviation of Gaussian noise on the normalised tokens in training (the reference: 0.05).
+        noise_std: standard deviation of Gaussian noise on the normalised tokens in training (the reference: 0.05);
+            `None` for the recipe's, which is 0 but for `aat-quarterly`.
         noise_probability: share of the samples that get noise (the reference: 0.5).
         head_type: `"attentive"`, `"linear"`, `"scalar_mix"`.
-        num_heads: attention heads; `None` for one per token.
+        num_heads: attention heads; `None` for the recipe's, or one per token if it has none.
         num_queries: learned queries.
         head_dim_multiplier: the width of an attention head is this times `D // num_heads` (the reference: 2).
         attention_dropout: on the attention weights; `None` for the recipe's.
         projection_dropout: after the output projection.
         head_implementation: `"fast"` or `"explicit"`, the same function in two orders.
-        freeze_backbone: keep the backbone fixed and in eval mode.
+        freeze_backbone: keep the backbone fixed and in eval mode; `None` for yes, unless the recipe fine-tunes.
         backbone_lr_factor: learning rate of an unfrozen backbone relative to the head's (the reference: 1e-3).
         class_weights: one weight per class for the single-label loss.
         includes_backbone: whether the checkpoint beside this config holds the backbone too.
@@ -69,8 +72,12 @@ class LayerFusionConfig(PreTrainedConfig):
         layers: list[int]
         modules: list[str]
         pools: list[str]
+        image_size: list[int] | None
         head_type: str
         attention_dropout: float
+        noise_std: float
+        noise_probability: float
+        freeze_backbone: bool
 
     model_type = "layer_fusion"
     sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012 (transformers' own convention)
@@ -84,10 +91,11 @@ class LayerFusionConfig(PreTrainedConfig):
     layers: Any = None  # type: ignore[no-redef]
     modules: list | None = None  # type: ignore[no-redef]
     pools: list | None = None  # type: ignore[no-redef]
+    image_size: Any = None  # type: ignore[no-redef]
     width_alignment: str = "pad"
     token_normalization: str = "l2"
-    noise_std: float = 0.0
-    noise_probability: float = 0.5
+    noise_std: float | None = None  # type: ignore[no-redef]
+    noise_probability: float | None = None  # type: ignore[no-redef]
     head_type: str | None = None  # type: ignore[no-redef]
     num_heads: int | None = None
     num_queries: int = 1
@@ -95,7 +103,7 @@ class LayerFusionConfig(PreTrainedConfig):
     attention_dropout: float | None = None  # type: ignore[no-redef]
     projection_dropout: float = 0.0
     head_implementation: str = "fast"
-    freeze_backbone: bool = True
+    freeze_backbone: bool | None = None  # type: ignore[no-redef]
     backbone_lr_factor: float = 1e-3
     class_weights: list | None = None
     includes_backbone: bool = False
@@ -107,34 +115,38 @@ class LayerFusionConfig(PreTrainedConfig):
         super().__setattr__(name, value)
 
     def __post_init__(self, **kwargs):
-        if self.recipe not in RECIPES:
-            raise LayerFusionError(f"recipe {self.recipe!r} is unknown: choose from {', '.join(RECIPES)}")
+        recipe = find_recipe(self.recipe)
+        if recipe.kind == "estimator":
+            raise LayerFusionError(
+                f"recipe {self.recipe!r} is a model of scikit-learn and no head: use fit_estimator, or layerfusion study"
+            )
         _check_label_maps(self.id2label, self.label2id, kwargs.get("num_labels"))
         self.backbone_config = _as_config(self.backbone_config)
         # The parent hands its attention implementation down, so without this it would reset the backbone's to None.
         kwargs.setdefault("attn_implementation", self.backbone_config._attn_implementation)
         super().__post_init__(**kwargs)
-        self._fill_from_recipe(RECIPES[self.recipe])
+        self._fill_from_recipe(recipe)
         self._check_values()
 
     def _fill_from_recipe(self, recipe: Recipe) -> None:
         layout = TokenLayout(**self.token_layout) if self.token_layout else _plain_layout(self.backbone_config)
         self.token_layout = layout.to_dict()
-        self.layers = resolve_layers(recipe.layers if self.layers is None else self.layers, layout.num_layers)
-        if self.modules is None:
-            # Not every backbone has a norm behind its last block: a recipe adapts, a module that was asked for does not.
-            self.modules = [m for m in recipe.modules if m != "final_norm" or m in layout.modules] or ["block"]
-        self.modules = _as_list(self.modules)
         self.head_type = self.head_type or recipe.head_type
-        if self.pools is None:
-            # Likewise for the CLS token, which some hierarchical backbones have in their last stage only.
-            has_cls = [layout.has_cls_at(layer, module) for layer in self.layers for module in self.modules]
-            keeps_cls = all(has_cls) if self.head_type == "scalar_mix" else any(has_cls)
-            self.pools = [pool for pool in recipe.pools if pool != "cls" or keeps_cls] or ["mean"]
-        self.pools = _as_list(self.pools)
+        chosen = _adapted(recipe, layout, self.layers, self.modules, self.pools, self.head_type)
+        self.layers, self.modules, self.pools = chosen
+        if self.image_size is not None:
+            self.image_size = _as_size(self.image_size)
+        elif "tokens" in self.pools and layout.image_size is not None:
+            self.image_size = list(layout.image_size)
         if "cls" in self.pools and not layout.has_cls:
             raise LayerFusionError(f"pools={self.pools}: this backbone has no CLS token, use pools=['mean']")
-        for option, value in {"attention_dropout": 0.0, **recipe.head_options}.items():
+        filled = {
+            "attention_dropout": 0.0,
+            "noise_std": 0.0,
+            "noise_probability": 0.5,
+            "freeze_backbone": recipe.kind != "fine_tune",
+        }
+        for option, value in {**filled, **recipe.head_options}.items():
             if getattr(self, option) is None:
                 setattr(self, option, value)
 
@@ -192,7 +204,7 @@ class LayerFusionConfig(PreTrainedConfig):
     @property
     def bank(self) -> TokenBank:
         """The token bank: the meaning of the N axis."""
-        return TokenBank.build(self.layers, self.modules, self.pools, self.layout)
+        return TokenBank.build(self.layers, self.modules, self.pools, self.layout, self.image_size)
 
     @property
     def token_names(self) -> list[str]:
@@ -218,6 +230,55 @@ _NOT_CHOSEN = (
 HEAD_OPTIONS = (*(name for name in LayerFusionConfig.__annotations__ if name not in _NOT_CHOSEN), "problem_type")
 
 
+def recipe_bank(name: str, layout: TokenLayout, image_size: Sequence[int] | None = None) -> TokenBank:
+    """The tokens that a recipe of any kind reads from a backbone.
+
+    Args:
+        name: of the recipe.
+        layout: of the backbone.
+        image_size: height and width in pixels, for recipes that read all tokens; `None` for the native size.
+
+    Raises:
+        LayerFusionError: if the backbone has none of them.
+    """
+    recipe = find_recipe(name)
+    layers, modules, pools = _adapted(recipe, layout, None, None, None, recipe.head_type)
+    if absent := [module for module in modules if module not in layout.modules]:
+        raise LayerFusionError(
+            f"recipe {name!r} reads {absent[0]!r}, which this backbone does not have: its modules are "
+            f"{', '.join(layout.modules)}"
+        )
+    bank = TokenBank.build(layers, modules, pools, layout, image_size)
+    if not len(bank):
+        raise LayerFusionError(f"recipe {name!r} finds none of its tokens in this backbone")
+    return bank
+
+
+def _adapted(
+    recipe: Recipe, layout: TokenLayout, layers: Any, modules: Any, pools: Any, head_type: str
+) -> tuple[list[int], list[str], list[str]]:
+    """Layers, modules and pools: what was asked for, and what of a recipe's own a backbone has."""
+    layers = resolve_layers(recipe.layers if layers is None else layers, layout.num_layers)
+    if modules is None:
+        # Not every backbone has a norm behind its last block: a recipe adapts, a module that was asked for does not.
+        modules = [m for m in recipe.modules if m != "final_norm" or m in layout.modules] or ["block"]
+    modules = _as_list(modules)
+    if pools is None:
+        # Likewise for the CLS token, which some hierarchical backbones have in their last stage only.
+        has_cls = [layout.has_cls_at(layer, module) for layer in layers for module in modules]
+        keeps_cls = all(has_cls) if head_type == "scalar_mix" else any(has_cls)
+        pools = [pool for pool in recipe.pools if pool != "cls" or keeps_cls] or ["mean"]
+    return layers, modules, _as_list(pools)
+
+
+def _as_size(value: Any) -> list[int]:
+    """Height and width; one number is both."""
+    sides = [value, value] if isinstance(value, int) else list(value) if isinstance(value, list | tuple) else []
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise LayerFusionError(f"image_size={value!r}: give height and width in pixels, or one number for both")
+    return sides
+
+
 def _as_config(value: dict | PreTrainedConfig | None) -> PreTrainedConfig:
     if isinstance(value, PreTrainedConfig):
         return deepcopy(value)  # a live model's config must not change with ours
@@ -240,7 +301,14 @@ def _plain_layout(backbone_config: PreTrainedConfig) -> TokenLayout:
             f"the token layout of a {backbone_config.model_type!r} backbone cannot be read off its config: "
             "build the head with from_backbone, which measures it"
         ) from error
-    return TokenLayout.of_plain_vit(width, num_layers, getattr(backbone_config, "intermediate_size", None))
+    image_size, patch_size = (getattr(backbone_config, name, None) for name in ("image_size", "patch_size"))
+    is_square = isinstance(image_size, int) and isinstance(patch_size, int)
+    return TokenLayout.of_plain_vit(
+        width,
+        num_layers,
+        getattr(backbone_config, "intermediate_size", None),
+        **({"image_size": image_size, "patch_size": patch_size} if is_square else {}),
+    )
 
 
 def _as_list(values: str | Sequence[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -202,21 +201,3 @@ def prepare_splits(
     image_column = find_image_column(first, image_column)
     label_column = find_label_column(first, label_column)
     return with_test_split(encode_labels(splits, label_column), label_column), image_column, label_column
-
-
-def resize_processor(processor: Any, image_size: int) -> Any:
-    """A copy of an image processor that gives `image_size` x `image_size` pixels.
-
-    Where it resizes and then crops, both change by the same factor.
-    """
-    resized = deepcopy(processor)
-    crop = getattr(processor, "crop_size", None)
-    old = dict(processor.size)
-    if getattr(processor, "do_center_crop", False) and crop:
-        factor = image_size / dict(crop)["height"]
-        resized.crop_size = type(crop)(height=image_size, width=image_size)
-        new = {key: round(value * factor) for key, value in old.items() if isinstance(value, int)}
-    else:
-        new = {"height": image_size, "width": image_size}
-    resized.size = type(processor.size)(**new)
-    return resized

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,6 +90,30 @@ def process_image(image_processor: Any, image: Image.Image) -> dict[str, Tensor]
     """
     features = image_processor(images=image, return_tensors="pt")
     return {name: features[name][0] for name in _BACKBONE_INPUTS if name in features}
+
+
+def resize_processor(processor: Any, image_size: int) -> Any:
+    """A copy of an image processor that gives `image_size` x `image_size` pixels.
+
+    Where it resizes and then crops, both change by the same factor.
+    """
+    resized = deepcopy(processor)
+    crop = getattr(processor, "crop_size", None)
+    old = dict(processor.size)
+    if getattr(processor, "do_center_crop", False) and crop:
+        factor = image_size / dict(crop)["height"]
+        resized.crop_size = type(crop)(height=image_size, width=image_size)
+        new = {key: round(value * factor) for key, value in old.items() if isinstance(value, int)}
+    else:
+        new = {"height": image_size, "width": image_size}
+    resized.size = type(processor.size)(**new)
+    return resized
+
+
+def processed_size(processor: Any) -> list[int] | None:
+    """Height and width of what an image processor gives for a square picture; `None` if it gives patches instead."""
+    pixels = process_image(processor, Image.new("RGB", (64, 64)))["pixel_values"]
+    return [int(side) for side in pixels.shape[-2:]] if pixels.ndim == 3 else None
 
 
 def stack_images(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -203,5 +228,7 @@ __all__ = [
     "describe_row",
     "find_images",
     "process_image",
+    "processed_size",
+    "resize_processor",
     "stack_images",
 ]

@@ -131,6 +131,22 @@ class TokenLayout:
     def kind(self, module: str) -> str:
         return self.taps[module].kind
 
+    def num_patches(self, layer: int, image_size: Sequence[int] | None = None) -> int:
+        """How many patches a layer has for images of `image_size` (height and width in pixels; `None`: the native size).
+
+        Raises:
+            LayerFusionError: if the patches form no grid, so that their number was not learned.
+        """
+        grid = self.grids[layer]
+        if grid is None or self.image_size is None:
+            raise LayerFusionError(
+                f"pools=['tokens'] needs a grid of patches, which layer {layer} of this backbone does not have, or which "
+                "was not measured: build the head with from_backbone, or use pools=['cls', 'mean']"
+            )
+        pixels = self.image_size if image_size is None else image_size
+        height, width = (side * of // native for side, of, native in zip(grid, pixels, self.image_size, strict=True))
+        return height * width
+
     @property
     def modules(self) -> tuple[str, ...]:
         """The modules that exist in at least one layer, in the order of the data flow."""
@@ -154,13 +170,24 @@ class TokenLayout:
         }
 
     @classmethod
-    def of_plain_vit(cls, hidden_size: int, num_layers: int, mlp_size: int | None = None) -> TokenLayout:
+    def of_plain_vit(
+        cls,
+        hidden_size: int,
+        num_layers: int,
+        mlp_size: int | None = None,
+        image_size: int | None = None,
+        patch_size: int | None = None,
+    ) -> TokenLayout:
         """A ViT with one CLS token, for configs that were not measured on a model."""
         inside = {name: (0, *[hidden_size] * num_layers) for name in BLOCK_MODULES}
         inside |= {name: (0, *[mlp_size or 4 * hidden_size] * num_layers) for name in ("fc1", "activation")}
         inside["block"] = (hidden_size,) * (num_layers + 1)
         inside["final_norm"] = (*[0] * num_layers, hidden_size)
-        return cls({name: TapLayout("tokens", widths) for name, widths in inside.items()}, (1,), cls_token=0)
+        taps = {name: TapLayout("tokens", widths) for name, widths in inside.items()}
+        if image_size is None or patch_size is None:
+            return cls(taps, (1,), cls_token=0)
+        grid = (image_size // patch_size,) * 2
+        return cls(taps, (1,), cls_token=0, grids=(grid,) * (num_layers + 1), image_size=(image_size, image_size))
 
 
 def _check(field_name: str, value: str, legal: Sequence[str]) -> None:

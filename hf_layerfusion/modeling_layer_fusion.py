@@ -34,10 +34,12 @@ from .configuration_layer_fusion import HEAD_OPTIONS, LayerFusionConfig
 from .errors import LayerFusionError
 from .heads import AttentiveFusionHead, LinearHead, ScalarMixHead, WidthProjection, build_parts
 from .hub.cards import build_card
+from .images import processed_size, resize_processor
 from .losses import classification_loss
 from .noise import add_noise_
 from .probe import describe_backbone
 from .reader import read_bank
+from .recipes import find_recipe
 
 logger = logging.get_logger(__name__)
 
@@ -124,7 +126,7 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
 
         Args:
             backbone: Hub id, folder, or a model in memory; of an image-text model, its vision tower.
-            recipe: a name from `RECIPES`.
+            recipe: a name from `RECIPES`, or of a family (`"linear-layer:7"`, see `find_recipe`).
             num_labels: number of classes; taken from `id2label` if that is given.
             id2label: class names, as a dict or a sequence.
             revision: branch, tag or commit on the Hub; the commit is pinned in the config.
@@ -132,7 +134,8 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
             num_prefix_tokens: tokens before the patches (CLS, registers), for a backbone whose layout cannot be
                 measured.
             grid_size: height and width of the patch grid, likewise.
-            overrides: fields of [`LayerFusionConfig`], and `dtype`, `device_map`, `attn_implementation`, `token`, ...
+            overrides: fields of [`LayerFusionConfig`] (with `image_size`, a number of pixels, the image processor is
+                changed to give pictures of that size), and `dtype`, `device_map`, `attn_implementation`, `token`, ...
                 for loading the backbone.
 
         Returns:
@@ -148,10 +151,15 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
                 f"and from {', '.join(BACKBONE_OPTIONS)} for the backbone"
             )
         labels = _label_options(num_labels, id2label)
+        image_size = overrides.pop("image_size", None)
         # A spelling mistake must not cost the minutes of loading a backbone.
         LayerFusionConfig(recipe=recipe, **labels, **_independent_of_backbone(overrides))
         opened = open_backbone(backbone, revision=revision, image_processor=image_processor, **loading)
-        _check_trainable(opened.model, overrides.get("freeze_backbone", True))
+        processor = opened.image_processor
+        if image_size is not None:
+            processor = _resized(processor, image_size, opened.name_or_path)
+        elif processor is not None and "tokens" in (overrides.get("pools") or find_recipe(recipe).pools):
+            image_size = processed_size(processor)
         # Before the first forward pass, in which some quantisers pack their weights anew.
         fingerprint = WeightFingerprint.of(opened.model)
         layout = describe_backbone(opened.model, num_prefix_tokens=num_prefix_tokens, grid_size=grid_size)
@@ -162,11 +170,13 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
             backbone_fingerprint=fingerprint.to_dict(),
             token_layout=layout.to_dict(),
             recipe=recipe,
+            image_size=image_size,
             **labels,
             **overrides,
         )
+        _check_trainable(opened.model, config.freeze_backbone)
         model = cls(config, with_backbone=False)
-        model._attach(opened.model, opened.image_processor)
+        model._attach(opened.model, processor)
         return model.eval()
 
     def _attach(self, backbone: PreTrainedModel, image_processor: Any | None = None) -> None:
@@ -435,6 +445,14 @@ def _label_options(num_labels: int | None, id2label: dict[int, str] | Sequence[s
         names = dict(id2label) if isinstance(id2label, dict) else dict(enumerate(id2label))
         options |= {"id2label": names, "label2id": {label: index for index, label in names.items()}}
     return options
+
+
+def _resized(processor: Any, image_size: Any, name: str | None) -> Any:
+    if type(image_size) is not int or image_size < 1:
+        raise LayerFusionError(f"image_size={image_size!r}: give a number of pixels, for height and width")
+    if processor is None:
+        raise LayerFusionError(f"{name} has no image processor whose image_size could be set: pass image_processor=")
+    return resize_processor(processor, image_size)
 
 
 def _independent_of_backbone(overrides: dict[str, Any]) -> dict[str, Any]:

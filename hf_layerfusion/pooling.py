@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .bank import is_patch, patch_number
 from .errors import LayerFusionError
 from .layout import TokenLayout
 
-POOLS = ("cls", "mean")
+# `"tokens"` stands for CLS and every patch, each of which is then a pool of its own, such as `"patch 17"`.
+POOLS = ("cls", "mean", "tokens")
 
 
 def pool_activation(
@@ -25,7 +28,8 @@ def pool_activation(
 
     Args:
         activation: of `tap`, in the shape that `layout` gives for it.
-        pools: `"cls"` takes the CLS token, `"mean"` averages the patch tokens, special tokens left out.
+        pools: `"cls"` takes the CLS token, `"mean"` averages the patch tokens, special tokens left out, `"patch 0"`,
+            `"patch 1"`, ... take single patches, all of which must be there.
         batch_size: B; the activation of some backbones has another first axis.
         patch_mask: `(B, T)`, which patches are there, where images of several sizes are padded to one number of them.
 
@@ -39,18 +43,34 @@ def pool_activation(
     if layout.kind(module) == "vector":
         return activation.unsqueeze(1)  # (B, D) -> (B, 1, D)
     patches, special = split_tokens(activation, layout, tap, batch_size)
-    pooled = []
-    for pool in pools:
-        if pool == "cls":
-            if not layout.has_cls_at(layer, module):
-                raise LayerFusionError(f"layer {layer} of this backbone has no CLS token: use pools=['mean']")
-            # Suffix tokens stand behind the prefix, so a negative position counts from the end here too.
-            pooled.append(special[:, layout.cls_token])
-        elif pool == "mean":
-            pooled.append(patches.mean(dim=1) if patch_mask is None else _masked_mean(patches, patch_mask))
-        else:
-            raise LayerFusionError(f"pool {pool!r} is unknown: use 'cls' or 'mean'")
-    return torch.stack(pooled, dim=1)  # (B, P, D)
+    wanted = [patch_number(pool) for pool in pools if is_patch(pool)]
+    if wanted and (patch_mask is not None or sorted(wanted) != list(range(patches.shape[1]))):
+        raise LayerFusionError(
+            f"the bank has {len(wanted)} patches of {module!r} at layer {layer}, but these images give {patches.shape[1]}"
+            f"{' in all, some of which are padding' if patch_mask is not None else ''}: all tokens need images of the one "
+            "size that the head was built for (image_size=)"
+        )
+    pooled, position = [], 0
+    for are_patches, group in itertools.groupby(pools, is_patch):
+        names = list(group)
+        if are_patches:
+            index = wanted[position : position + len(names)]
+            position += len(names)
+            in_order = index == list(range(index[0], index[0] + len(index)))
+            pooled.append(patches[:, index[0] : index[0] + len(index)] if in_order else patches[:, index])
+            continue
+        for pool in names:
+            if pool == "cls":
+                if not layout.has_cls_at(layer, module):
+                    raise LayerFusionError(f"layer {layer} of this backbone has no CLS token: use pools=['mean']")
+                # Suffix tokens stand behind the prefix, so a negative position counts from the end here too.
+                pooled.append(special[:, layout.cls_token].unsqueeze(1))
+            elif pool == "mean":
+                mean = patches.mean(dim=1) if patch_mask is None else _masked_mean(patches, patch_mask)
+                pooled.append(mean.unsqueeze(1))
+            else:
+                raise LayerFusionError(f"pool {pool!r} is unknown: use one of {', '.join(POOLS)}")
+    return torch.cat(pooled, dim=1)  # (B, P, D)
 
 
 def split_tokens(

@@ -13,12 +13,15 @@ from hf_layerfusion import RECIPES, LayerFusionConfig, LayerFusionError
 from hf_layerfusion.heads import build_head
 from hf_layerfusion.layout import MODULES, TapLayout, TokenLayout
 
+# Recipes that a config describes; the others are models of scikit-learn.
+HEADS = [name for name, recipe in RECIPES.items() if recipe.kind != "estimator"]
 VIT = {"model_type": "vit", **TINY}
 DEEP_VIT = VIT | {"num_hidden_layers": 12}  # deep enough for every recipe
 
 
 def layout_of(kind, *widths, **taps):
-    return TokenLayout({"block": TapLayout(kind, widths), **taps}).to_dict()
+    grids = ((4, 4),) * len(widths)
+    return TokenLayout({"block": TapLayout(kind, widths), **taps}, grids=grids, image_size=(32, 32)).to_dict()
 
 
 NO_CLS = layout_of("tokens", 32, 32, 32, 32, final_norm=TapLayout("tokens", (0, 0, 0, 32)))
@@ -52,6 +55,20 @@ RECIPE_BANKS = {
     "alf-mid-last": ([6, 12], ["block"], ["cls", "mean"], "attentive", 4),
     "alf-quarterly": ([3, 6, 9, 12], ["block"], ["cls", "mean"], "attentive", 8),
     "scalar-mix": (ALL, ["block"], ["cls", "mean"], "scalar_mix", 24),
+    "linear-mid-last": ([6, 12], ["block"], ["cls", "mean"], "linear", 4),
+    "linear-quarterly": ([3, 6, 9, 12], ["block"], ["cls", "mean"], "linear", 8),
+    "alf-last": ([12], ["final_norm"], ["cls", "mean"], "attentive", 2),
+    "alf-cls": (ALL, ["block"], ["cls"], "attentive", 12),
+    "alf-mean": (ALL, ["block"], ["mean"], "attentive", 12),
+    "aat": ([12], ["final_norm"], ["tokens"], "attentive", 17),
+    "aat-quarterly": ([3, 6, 9, 12], ["block"], ["tokens"], "attentive", 4 * 17),
+    "fine-tune": ([12], ["final_norm"], ["cls"], "linear", 1),
+    "lora": ([12], ["final_norm"], ["cls"], "linear", 1),
+    "linear-layer:7": ([7], ["block"], ["cls", "mean"], "linear", 2),
+    "aat-layer:7": ([7], ["block"], ["tokens"], "attentive", 17),
+    "alf-heads:8": (ALL, ["block"], ["cls", "mean"], "attentive", 24),
+    "aat-heads:12": ([12], ["final_norm"], ["tokens"], "attentive", 17),
+    "module-probe:7:activation": ([7], ["activation"], ["mean"], "linear", 1),
 }
 
 
@@ -64,7 +81,7 @@ def test_recipe_fills_the_bank(recipe):
     assert len(config.bank) == num_tokens == len(config.token_names)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", HEADS)
 def test_every_recipe_constructs_and_its_head_runs(recipe):
     config = LayerFusionConfig(backbone_config=DEEP_VIT, recipe=recipe, num_labels=5)
     tokens = torch.randn(4, len(config.bank), config.hidden_size)
@@ -106,11 +123,11 @@ ADAPTED = {
 }
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES.keys() - {"alf-paper"}))
+@pytest.mark.parametrize("recipe", [name for name in HEADS if name not in ("alf-paper", "alf-cls")])
 @pytest.mark.parametrize("case", ADAPTED)
 def test_recipes_adapt_to_a_backbone_without_cls_or_final_norm(recipe, case):
     config = LayerFusionConfig(backbone_config=VIT, token_layout=ADAPTED[case], recipe=recipe)
-    assert config.pools == ["mean"]
+    assert config.pools == (["tokens"] if recipe.startswith("aat") else ["mean"])
     if recipe.startswith("linear-last"):
         assert config.token_names == [f"layer 4 · {'final_norm' if case == 'tokens' else 'block'} · mean"]
 
@@ -181,7 +198,7 @@ BAD_VALUES = {
         "width_alignment 'crop' is unknown: choose from ['pad', 'project']",
     ),
     "module twice": ({"modules": ["ln2", "ln2"]}, "modules=['ln2', 'ln2'] names a value twice"),
-    "pool": ({"pools": ["max"]}, "pools 'max' is unknown: choose from ['cls', 'mean']"),
+    "pool": ({"pools": ["max"]}, "pools 'max' is unknown: choose from ['cls', 'mean', 'tokens']"),
     "no pool": ({"pools": []}, "pools is empty"),
     "pool twice": ({"pools": ["cls", "cls"]}, "pools=['cls', 'cls'] names a value twice"),
     "head": ({"head_type": "mlp"}, "head_type 'mlp' is unknown: choose from ['attentive', 'linear', 'scalar_mix']"),

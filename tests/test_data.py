@@ -1,4 +1,4 @@
-"""Opening labelled images: every form of a dataset, its columns, labels and splits, and the processor's size."""
+"""Opening labelled images: every form of a dataset, its columns, labels and splits."""
 
 from collections import Counter
 
@@ -6,9 +6,6 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from picture_helpers import CLASSES, picture, write_pictures
-from PIL import Image as PILImage
-from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_layerfusion import LayerFusionError
 from hf_layerfusion.data import (
@@ -17,7 +14,6 @@ from hf_layerfusion.data import (
     find_label_column,
     label_options,
     open_dataset,
-    resize_processor,
     with_test_split,
 )
 
@@ -257,34 +253,3 @@ def test_a_test_split_and_others_are_left_alone():
 def test_splits_that_cannot_be_used(splits, message):
     with pytest.raises(LayerFusionError, match=message):
         with_test_split(DatasetDict({name: rows(labels) for name, labels in splits.items()}), "label")
-
-
-# ---- the processor's size ----------------------------------------------------------------------------------------
-
-CROPPING = BitImageProcessorPil(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224})
-RESIZING = ViTImageProcessorPil(size={"height": 224, "width": 224})
-
-
-@pytest.mark.parametrize(
-    ("processor", "size", "crop_size"),
-    [(CROPPING, {"shortest_edge": 64}, {"height": 56, "width": 56}), (RESIZING, {"height": 56, "width": 56}, None)],
-)
-def test_resize_processor(processor, size, crop_size):
-    before = processor.to_dict()
-    resized = resize_processor(processor, 56)
-    assert processor.to_dict() == before
-    assert {key: value for key, value in dict(resized.size).items() if value is not None} == size
-    if crop_size:
-        assert dict(resized.crop_size) | crop_size == dict(resized.crop_size)
-    wide = PILImage.new("RGB", (90, 40))
-    assert resized(images=wide, return_tensors="pt")["pixel_values"].shape == (1, 3, 56, 56)
-    kept = {key: value for key, value in resized.to_dict().items() if key not in ("size", "crop_size")}
-    assert kept == {key: value for key, value in before.items() if key not in ("size", "crop_size")}
-
-
-def test_resize_processor_to_its_own_size_changes_nothing():
-    image = picture(0, 0, (300, 260))
-    for processor in (CROPPING, RESIZING):
-        same = resize_processor(processor, 224)
-        before, after = (p(images=image, return_tensors="np")["pixel_values"] for p in (processor, same))
-        np.testing.assert_array_equal(before, after)

@@ -4,11 +4,14 @@ import io
 
 import numpy as np
 import pytest
+from picture_helpers import picture
 from PIL import Image
 from transformers.image_utils import load_image
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_layerfusion import LayerFusionError
-from hf_layerfusion.images import check_image, decode_image, find_images
+from hf_layerfusion.images import check_image, decode_image, find_images, processed_size, resize_processor
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (12, 9, 3), dtype=np.uint8)
 GREY = COLOUR[..., 0]
@@ -200,3 +203,39 @@ def test_find_images(tmp_path):
     assert find_images(str(tmp_path / "b" / "d")) == [tmp_path / "b" / "d" / "e.tiff"]
     with pytest.raises(LayerFusionError, match=r"no such folder: .*nowhere"):
         find_images(tmp_path / "nowhere")
+
+
+# ---- the processor's size ----------------------------------------------------------------------------------------
+
+CROPPING = BitImageProcessorPil(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224})
+RESIZING = ViTImageProcessorPil(size={"height": 224, "width": 224})
+
+
+@pytest.mark.parametrize(
+    ("processor", "size", "crop_size"),
+    [(CROPPING, {"shortest_edge": 64}, {"height": 56, "width": 56}), (RESIZING, {"height": 56, "width": 56}, None)],
+)
+def test_resize_processor(processor, size, crop_size):
+    before = processor.to_dict()
+    resized = resize_processor(processor, 56)
+    assert processor.to_dict() == before
+    assert {key: value for key, value in dict(resized.size).items() if value is not None} == size
+    if crop_size:
+        assert dict(resized.crop_size) | crop_size == dict(resized.crop_size)
+    wide = Image.new("RGB", (90, 40))
+    assert resized(images=wide, return_tensors="pt")["pixel_values"].shape == (1, 3, 56, 56)
+    kept = {key: value for key, value in resized.to_dict().items() if key not in ("size", "crop_size")}
+    assert kept == {key: value for key, value in before.items() if key not in ("size", "crop_size")}
+
+
+def test_resize_processor_to_its_own_size_changes_nothing():
+    image = picture(0, 0, (300, 260))
+    for processor in (CROPPING, RESIZING):
+        same = resize_processor(processor, 224)
+        before, after = (p(images=image, return_tensors="np")["pixel_values"] for p in (processor, same))
+        np.testing.assert_array_equal(before, after)
+
+
+def test_processed_size():
+    assert processed_size(CROPPING) == processed_size(RESIZING) == [224, 224]
+    assert processed_size(resize_processor(CROPPING, 56)) == [56, 56]

@@ -123,7 +123,7 @@ def test_no_cls_no_pooling_of_it(kind):
 
 
 def test_unknown_pool():
-    with pytest.raises(LayerFusionError, match=re.escape("pool 'max' is unknown: use 'cls' or 'mean'")):
+    with pytest.raises(LayerFusionError, match=re.escape("pool 'max' is unknown: use one of cls, mean, tokens")):
         pool_activation(torch.randn(2, 17, WIDTH), special_layout("vit"), BLOCK, ["max"], 2)
 
 

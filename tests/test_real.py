@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_layerfusion import ViTForAttentiveLayerFusionClassification, extract_features
-from hf_layerfusion.data import resize_processor
+from hf_layerfusion.images import resize_processor
 from hf_layerfusion.training import ImageCollator, LayerFeatureCollator, adamw, build_compute_metrics
 
 CLASSES = ["0", "1", "2", "3"]

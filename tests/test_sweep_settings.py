@@ -14,6 +14,7 @@ from hf_layerfusion.sweeps.selection import choose, split_rows, spread
 from hf_layerfusion.sweeps.settings import FIELDS, merge_settings
 
 RATES, DECAYS, DROPOUTS = [0.1, 0.01, 0.001], [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0], [0.0, 0.1, 0.3]
+HEADS = [name for name, recipe in RECIPES.items() if recipe.kind == "head"]
 PAPER = [
     Setting(learning_rate=rate, weight_decay=decay, attention_dropout=dropout, noise_std=0.05)
     for rate in RATES
@@ -38,7 +39,7 @@ def test_fast():
 
 @pytest.mark.parametrize("head", ["linear", "scalar_mix"])
 def test_a_head_without_attention_has_no_dropout_to_vary(head):
-    for recipe in (name for name, recipe in RECIPES.items() if recipe.head_type == head):
+    for recipe in (name for name in HEADS if RECIPES[name].head_type == head):
         settings = expand_grid({**GRIDS["paper"], "num_queries": [1, 2], "num_heads": [None, 2]}, [recipe])
         assert [(s.learning_rate, s.weight_decay) for s in settings] == [(r, d) for r in RATES for d in DECAYS]
         assert {(s.attention_dropout, s.num_queries, s.num_heads) for s in settings} == {(None, 1, None)}
@@ -54,13 +55,21 @@ def test_a_recipe_in_the_grid_wins():
     assert [s.recipe for s in expand_grid({"recipe": "linear-all"}, ["alf"])] == ["linear-all"]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", HEADS)
 def test_what_the_grid_leaves_out_is_the_recipes(recipe):
     (setting,) = expand_grid({}, [recipe])
     values = RECIPES[recipe]
     assert (setting.learning_rate, setting.weight_decay) == (values.learning_rate, values.weight_decay)
     dropout = values.head_options.get("attention_dropout", 0.0) if values.head_type == "attentive" else None
-    assert (setting.attention_dropout, setting.noise_std) == (dropout, 0.0)
+    assert setting.attention_dropout == dropout
+    noise = (values.head_options.get("noise_std", 0.0), values.head_options.get("noise_probability", 0.5))
+    assert (setting.noise_std, setting.noise_probability) == noise
+
+
+@pytest.mark.parametrize(("recipe", "tool"), [("knn-last", "fit_estimator"), ("fine-tune", "fine_tune")])
+def test_what_is_no_head_is_not_swept(recipe, tool):
+    with pytest.raises(LayerFusionError, match=f"recipe '{recipe}' is no head, so it cannot be swept: use {tool}"):
+        expand_grid("fast", [recipe])
 
 
 ONE = {"learning_rate": 0.01, "weight_decay": 0.1, "attention_dropout": 0.0}

@@ -19,7 +19,7 @@ from transformers import Trainer
 
 from ..bank import TokenBank
 from ..configuration_layer_fusion import WIDTH_ALIGNMENTS
-from ..data import label_options, open_dataset, prepare_splits, resize_processor
+from ..data import label_options, open_dataset, prepare_splits
 from ..errors import LayerFusionError
 from ..features import LayerFeatures, extract_features
 from ..features.manifest import STORAGE_DTYPES
@@ -210,20 +210,18 @@ def build_model(
         dtype=getattr(torch, arguments.dtype),
         num_prefix_tokens=arguments.num_prefix_tokens,
         grid_size=arguments.grid_size,
+        **({"image_size": arguments.image_size} if arguments.image_size else {}),
         **label_options(labels, label_column),
         **token_options(arguments),
         **overrides,
     )
     if arguments.image_size:
-        _set_image_size(model, arguments.image_size)
+        _check_image_size(model, arguments.image_size)
     return model.to(arguments.device)
 
 
-def _set_image_size(model: ViTForAttentiveLayerFusionClassification, image_size: int) -> None:
+def _check_image_size(model: ViTForAttentiveLayerFusionClassification, image_size: int) -> None:
     name = model.config.backbone_name_or_path
-    if model.image_processor is None:
-        raise LayerFusionError(f"{name} has no image processor whose image_size could be set")
-    model.image_processor = resize_processor(model.image_processor, image_size)
     blank = PILImage.new("RGB", (image_size, image_size))
     try:
         inputs: Any = stack_images([process_image(model.image_processor, blank)])

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..backbones import execution_device
-from ..bank import TokenBank
+from ..bank import TokenBank, is_patch
 from ..errors import LayerFusionError
 from ..images import augment_image
 from .manifest import (
@@ -166,6 +166,8 @@ def extract_features(
             "augmentation": None if augment is None else {"function": Hasher.hash(augment), "seed": seed},
             "versions": _versions(),
             "dataset": source.identity,
+            # Only where the tokens depend on it, so that other caches keep their ingredients.
+            **({"image_size": model.config.image_size} if any(is_patch(c.pool) for c in bank.coordinates) else {}),
         },
     )
     manifest = _resume(output_dir, manifest, overwrite, share)

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_layer_fusion import LayerFusionConfig
-from ..recipes import RECIPES
+from ..recipes import find_recipe
 from ..version import __version__
 
 
@@ -47,7 +47,7 @@ def build_card(config: LayerFusionConfig, training_summary: dict[str, Any], head
         ]
         or None,
     )
-    recipe = RECIPES[config.recipe]
+    recipe = find_recipe(config.recipe)
     names = config.token_names
     template = Template(files(__package__).joinpath("card_template.md").read_text(encoding="utf-8"))
     body = template.substitute(

@@ -111,7 +111,10 @@ def config_of(
             "train it with build_trainer"
         )
     layout = features.fingerprint["token_layout"]
-    config = LayerFusionConfig(token_layout=layout, **options, **overrides, **setting.config_options)
+    size = features.fingerprint.get("image_size")
+    config = LayerFusionConfig(
+        **{"token_layout": layout, "image_size": size, **options, **overrides, **setting.config_options}
+    )
     if config.problem_type is None:
         problem: Any = problem_type_of(config, torch.as_tensor(features.select_rows([0]).labels))
         config.problem_type = problem

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import LayerFusionError
-from ..recipes import RECIPES, Recipe
+from ..recipes import Recipe, find_recipe
 
 # Settings whose weights shrink by the same factor to 1 % are one run: AdamW's decay is decoupled from the gradient.
 SAME_SHRINKAGE = 0.01
@@ -80,6 +80,7 @@ class Setting:
 
 _CONFIG_FIELDS = ("recipe", "attention_dropout", "noise_std", "noise_probability", "num_queries", "num_heads")
 FIELDS = tuple(field.name for field in fields(Setting))
+_NOISE = ("noise_std", "noise_probability")
 _FLOAT_FIELDS = ("learning_rate", "weight_decay", "attention_dropout", "noise_std", "noise_probability")
 
 # The reference's selection: 3 learning rates x 7 decays x 3 dropouts, with its noise.
@@ -157,7 +158,9 @@ def _as_float(value: Any) -> Any:
 def _completed(values: dict[str, Any]) -> Setting:
     """A setting in which everything has the value that it is trained with, so that equal runs are equal settings."""
     recipe = _recipe(values["recipe"])
-    setting = Setting(**{"learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay, **values})
+    noise = {name: recipe.head_options[name] for name in _NOISE if name in recipe.head_options}
+    defaults = {"learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay, **noise}
+    setting = Setting(**{**defaults, **values})
     if not setting.noise_std or not setting.noise_probability:
         setting = replace(setting, noise_std=0.0, noise_probability=Setting.noise_probability)
     if recipe.head_type != "attentive":
@@ -187,9 +190,11 @@ def _read_grid(path: Path) -> Any:
 
 
 def _recipe(name: Any) -> Recipe:
-    if not isinstance(name, str) or name not in RECIPES:
-        raise LayerFusionError(f"recipe {_short(name)} is unknown: choose from {', '.join(RECIPES)}")
-    return RECIPES[name]
+    recipe = find_recipe(name)
+    if recipe.kind != "head":
+        tool = "fit_estimator" if recipe.kind == "estimator" else "fine_tune"
+        raise LayerFusionError(f"recipe {name!r} is no head, so it cannot be swept: use {tool}, or layerfusion study")
+    return recipe
 
 
 def _is_number(value: Any, largest: float) -> bool:

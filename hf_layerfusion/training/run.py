@@ -13,7 +13,7 @@ from ..errors import LayerFusionError
 from ..features import LayerFeatures
 from ..losses import problem_type_of
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
-from ..recipes import RECIPES
+from ..recipes import find_recipe
 from .class_weights import class_weights
 from .collators import LayerFeatureCollator
 from .metrics import build_compute_metrics
@@ -81,7 +81,7 @@ def build_trainer(
         config.class_weights = class_weights(train_features.labels, config.num_labels)
     if config.head_type == "attentive":
         train_features = train_features.with_statistics()
-    recipe = RECIPES[config.recipe]
+    recipe = find_recipe(config.recipe)
     batch_size = batch_size or default_batch_size(len(train_features))
     arguments = TrainingArguments(
         **{
