@@ -20,49 +20,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset
-from PIL import Image
+from task import extract_noise
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
-from transformers import Dinov2Config, Dinov2Model
-from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.utils import logging
 
-from hf_layerfusion import LayerFeatures, ViTForAttentiveLayerFusionClassification, extract_features
+from hf_layerfusion import LayerFeatures
 from hf_layerfusion.training.collators import LayerFeatureCollator
-
-IMAGE_SIZE = 8
-CLASSES = 10
 
 Batch = dict[str, Tensor]
 Reader = Callable[[int], Iterator[Batch]]
-
-
-def write_cache(folder: Path, arguments: argparse.Namespace) -> LayerFeatures:
-    """A cache of `(2 * layers, width)` tokens in float16, in several shards."""
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=arguments.width,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=6,
-        mlp_ratio=1,
-        image_size=IMAGE_SIZE,
-        patch_size=IMAGE_SIZE,
-    )
-    processor = BitImageProcessorPil(do_resize=False, do_center_crop=False)
-    model = ViTForAttentiveLayerFusionClassification.from_backbone(
-        Dinov2Model(config), num_labels=CLASSES, image_processor=processor
-    )
-    pixels = np.random.default_rng(0).integers(0, 256, (arguments.rows, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-    dataset = Dataset.from_dict(
-        {
-            "image": [Image.fromarray(image) for image in pixels],
-            "label": [row % CLASSES for row in range(arguments.rows)],
-        }
-    )
-    return extract_features(
-        model, dataset, folder, batch_size=256, rows_per_shard=arguments.rows_per_shard, progress=False
-    )
 
 
 def write_memmap(path: Path, features: LayerFeatures) -> np.memmap:
@@ -165,7 +132,13 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        features = write_cache(Path(folder, "cache"), arguments)
+        _, features = extract_noise(
+            Path(folder, "cache"),
+            rows=arguments.rows,
+            layers=arguments.layers,
+            width=arguments.width,
+            rows_per_shard=arguments.rows_per_shard,
+        )
         data = write_memmap(Path(folder, "memmap"), features)
         ways = readers(features, data, arguments.batch_size)
         check_same_rows(ways, data, arguments.batch_size)

@@ -15,101 +15,26 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported; threads that spin distort timings
 
-import numpy as np
 import torch
-from datasets import Dataset
 from measure import CLOCKS, Clock, speedup, table_head, table_row, take_turns
-from PIL import Image
-from textbook import CachedRows, TextbookHead, train_textbook
-from transformers import Dinov2Config, Dinov2Model, PrinterCallback, TrainerCallback
-from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from task import LEARNING_RATE, NOISE_PROBABILITY, NOISE_STD, WEIGHT_DECAY, Task, build_task, textbook_steps
+from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
-from hf_layerfusion import (
-    LayerFeatures,
-    LayerFusionConfig,
-    ViTForAttentiveLayerFusionClassification,
-    extract_features,
-)
+from hf_layerfusion import LayerFusionConfig
 from hf_layerfusion.sweeps.engine import Engine, Protocol, Rows
 from hf_layerfusion.sweeps.settings import Setting
 from hf_layerfusion.sweeps.stack import Trial
-from hf_layerfusion.training import build_trainer, class_weights
-
-IMAGE_SIZE = 8
-LEARNING_RATE, WEIGHT_DECAY = 1e-2, 1e-2
-NOISE_STD, NOISE_PROBABILITY = 0.05, 0.5
-
-
-@dataclass
-class Task:
-    """What every contender trains on: the same rows, as a cache and as tensors in memory."""
-
-    model: ViTForAttentiveLayerFusionClassification
-    features: LayerFeatures
-    rows: CachedRows
-    batch_size: int
-    folder: Path
-    clock: Clock
-
-    @property
-    def num_labels(self) -> int:
-        return self.model.config.num_labels
-
-
-def build_task(folder: Path, arguments: argparse.Namespace) -> Task:
-    """Rows of `(2 * layers, width)` tokens in float16, extracted from noise by a backbone as small as one can be."""
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=arguments.width,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=6,
-        mlp_ratio=1,
-        image_size=IMAGE_SIZE,
-        patch_size=IMAGE_SIZE,
-    )
-    model = ViTForAttentiveLayerFusionClassification.from_backbone(
-        Dinov2Model(config),
-        num_labels=arguments.classes,
-        attention_dropout=0.0,
-        noise_std=NOISE_STD,
-        noise_probability=NOISE_PROBABILITY,
-        image_processor=BitImageProcessorPil(do_resize=False, do_center_crop=False),
-    )
-    generator = np.random.default_rng(0)
-    pixels = generator.integers(0, 256, (arguments.rows, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-    labels = generator.integers(0, arguments.classes, arguments.rows)
-    dataset = Dataset.from_dict({"image": [Image.fromarray(image) for image in pixels], "label": labels.tolist()})
-    features = extract_features(model, dataset, folder / "cache", batch_size=256, progress=False)
-    whole = features.tensors()
-    rows = CachedRows(whole["layer_features"].clone(), whole["labels"])  # the clone is in memory, not in the file
-    return Task(model, features, rows, arguments.batch_size, folder, CLOCKS[arguments.clock])
+from hf_layerfusion.training import build_trainer
 
 
 def textbook(task: Task) -> float:
-    """`Dataset.__getitem__` per row, `DataLoader`, the head in textbook order."""
-    torch.manual_seed(0)
-    head = TextbookHead(task.features.hidden_size, len(task.features.bank), task.num_labels)
-    seconds = train_textbook(
-        head,
-        task.rows,
-        learning_rate=LEARNING_RATE,
-        weight_decay=WEIGHT_DECAY,
-        epochs=1,
-        batch_size=task.batch_size,
-        noise_std=NOISE_STD,
-        noise_probability=NOISE_PROBABILITY,
-        class_weights=torch.tensor(class_weights(task.rows.labels, task.num_labels)),
-        seed=0,
-        clock=task.clock,
-    )
-    return sum(seconds)
+    return sum(textbook_steps(task, epochs=1))
 
 
 class Stopwatch(TrainerCallback):
@@ -178,7 +103,7 @@ def engine(task: Task) -> float:
         problem_type="single_label_classification",
         **setting.config_options,
     )
-    rows = Rows(task.features, None, class_weights(task.rows.labels, task.num_labels))
+    rows = Rows(task.features, None, task.class_weights)
     protocol = Protocol(num_epochs=1, batch_size=task.batch_size)
     timer = EpochTimer([Trial(setting)], {setting: config}, [rows], protocol, clock=task.clock, progress=False)
     timer.run()

@@ -21,33 +21,16 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported; threads that spin distort timings
 
 import torch
-from epoch import NOISE_PROBABILITY, NOISE_STD, Task, build_task
 from measure import CLOCKS, table_head, table_row
-from textbook import TextbookHead, train_textbook
+from task import Task, build_task, textbook_steps
 from transformers.utils import logging
 
 from hf_layerfusion.sweeps import SweepResult, expand_grid, sweep
-from hf_layerfusion.training import class_weights
 
 
 def time_textbook(task: Task, steps: int) -> list[float]:
     """Seconds of each of the first steps of one textbook run, behind one that warms up."""
-    head = TextbookHead(task.features.hidden_size, len(task.features.bank), task.num_labels)
-    seconds = train_textbook(
-        head,
-        task.rows,
-        learning_rate=1e-3,
-        weight_decay=1e-3,
-        epochs=1000,
-        batch_size=task.batch_size,
-        noise_std=NOISE_STD,
-        noise_probability=NOISE_PROBABILITY,
-        class_weights=torch.tensor(class_weights(task.rows.labels, task.num_labels)),
-        seed=0,
-        max_steps=steps + 1,
-        clock=task.clock,
-    )
-    return seconds[1:]
+    return textbook_steps(task, epochs=1000, max_steps=steps + 1)[1:]
 
 
 def time_sweep(task: Task, strategy: str, epochs: int, device: str) -> tuple[float, SweepResult]:

@@ -1,4 +1,4 @@
-"""Tiny feature caches that sweeps run on, and, run as a program, sweeps that are killed."""
+"""Tiny feature caches that sweeps run on, and, run as a program, sweeps that are killed or shared by two processes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import traceback
@@ -14,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import safetensors.torch
 import torch
+from accelerate import PartialState
 from datasets import ClassLabel, List, Value
 
-from hf_layerfusion import LayerFeatures
+from hf_layerfusion import LayerFeatures, LayerFusionError
 from hf_layerfusion.features.extract import _write_shard
 from hf_layerfusion.features.manifest import Manifest
 from hf_layerfusion.layout import TokenLayout
-from hf_layerfusion.sweeps import engine, result, run
+from hf_layerfusion.sweeps import result, run, state
 
 WIDTH, LAYERS, CLASSES, ROWS = 16, 6, 3, 75
 SHARD_ROWS = 40
@@ -124,8 +127,7 @@ class Killer:
             self.step()
             self.rmtree(path, **options)
 
-        for module in (engine, result):
-            module.save_file = save_file  # type: ignore[attr-defined]
+        state.save_file = save_file  # type: ignore[assignment]
         shutil.rmtree = rmtree  # type: ignore[assignment]
         Path.write_bytes, Path.replace = write_bytes, replace  # type: ignore[method-assign,assignment]
         result.SweepResult.plot = draw_nothing  # type: ignore[method-assign]
@@ -150,10 +152,49 @@ def run_in_child(features: LayerFeatures, options: dict[str, Any], moment: int) 
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def run_in_two(features: LayerFeatures, sweeps: dict[str, Any], folder: Path) -> list[int]:
+    """Share sweeps between two processes, as `accelerate launch` does; returns their exit codes.
+
+    What the processes wrote together is in `folder / name`, what each of them returned beside it.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # What `accelerate launch` tells its processes, without the seconds that it takes to start.
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    children = []
+    for rank in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.environ.update(group, RANK=str(rank), LOCAL_RANK=str(rank))
+            failed = 1
+            try:
+                share_sweeps(features, sweeps, folder, rank)
+                failed = 0
+            except BaseException:
+                traceback.print_exc()
+            os._exit(failed)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def share_sweeps(features: LayerFeatures, sweeps: dict[str, Any], folder: Path, rank: int) -> None:
+    result.SweepResult.plot = draw_nothing  # type: ignore[method-assign]
+    processes = PartialState(cpu=True, backend="gloo")
+    assert (processes.num_processes, processes.process_index) == (2, rank)
+    for name, options in sweeps.items():
+        run.sweep(features, output_dir=folder / name, **options).save(folder / f"{name}-of-{rank}")
+    with pytest.raises(LayerFusionError, match="one process"):
+        run.sweep(features, strategy="halving")
+    processes.destroy_process_group()
+
+
 def main() -> None:
     """Run a plan of sweeps; how they ended goes to standard output, as a JSON list.
 
-    Negative moments count from the end, which a first sweep finds, and which is where it leaves its result. Children are forked from a process that has trained nothing, which saves each of them the imports.
+    An entry of the plan is a sweep and the moment at which it is killed, or names the sweeps that two processes share.
+
+    Negative moments count from the end, which a first sweep finds, and which is where it leaves its result. Children
+    are forked from a process that has trained nothing, which saves each of them the imports.
     """
     import sklearn.model_selection  # noqa: F401 (once, before the forks)
 
@@ -162,6 +203,9 @@ def main() -> None:
     codes = []
     counts: dict[str, int] = {}  # of moments, by the options of a sweep
     for entry in plan:
+        if "shared" in entry:
+            codes += run_in_two(opened[entry["features"]], entry["shared"], Path(entry["folder"]))
+            continue
         opened_features, options, moment = opened[entry["features"]], entry["options"], entry["moment"]
         if moment < 0:
             key = json.dumps({**options, "output_dir": None})

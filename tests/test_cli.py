@@ -691,7 +691,7 @@ def test_digits_on_a_real_backbone(cli, backbone_folder, tmp_path):
     right = [json.loads(line) for line in lines]
     right = [line["predictions"][0]["label"] == Path(line["file"]).parent.name for line in right]
     assert np.mean(right) == pytest.approx(measured["accuracy"])
-    cli("explain", "--model", head, *shared, "--output_dir", head / "attention")
+    cli("explain", "--model", head, *shared, "--output_dir", head / "attention", "--max_images", 10)
     weights = json.loads((head / "attention" / "layer_attention.json").read_text(encoding="utf-8"))["tokens"]
     assert len(weights) == 24
     assert (head / "model.safetensors").stat().st_size < 10e6

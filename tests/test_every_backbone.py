@@ -70,7 +70,7 @@ def test_live_equals_cached(model_type):
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_save_and_load(model_type, tmp_path):
-    backbone = build(model_type)
+    backbone = head_on(model_type).backbone
     backbone.save_pretrained(tmp_path / "backbone")
     model = ViTForAttentiveLayerFusionClassification.from_backbone(tmp_path / "backbone", num_labels=3)
     assert type(model.backbone) is type(backbone)
@@ -111,25 +111,36 @@ _SPECIAL_PARAMETERS = re.compile(
 LATE_SPECIAL_TOKENS = {"pvt": [0]}
 
 
-def activation(model_type, layer, changed=False):
-    """`(rows, T, D)` of a layer's output; with `changed`, of the same model with other special tokens."""
+def read_layers(model_type, backbone, layers):
+    """`(rows, T, D)` of each layer's output."""
     model = head_on(model_type)
-    backbone = build(model_type)
-    if changed:
-        generator = torch.Generator().manual_seed(5)
-        with torch.no_grad():
-            for name, parameter in backbone.named_parameters():
-                if _SPECIAL_PARAMETERS.search(name):
-                    parameter.add_(torch.randn(parameter.shape, generator=generator))
-    given = pixels(model)
+    taps = [(layer, "block") for layer in layers]
     with torch.no_grad():
-        return read_taps(backbone, model.config.layout, [(layer, "block")], lambda _, x: x, **given)[layer, "block"]
+        return read_taps(backbone, model.config.layout, taps, lambda _, x: x.clone(), **pixels(model))
 
 
+@cache
+def all_layers(model_type):
+    layout = head_on(model_type).config.layout
+    layers = [layer for layer in range(layout.num_layers + 1) if layout.width(layer, "block")]
+    return read_layers(model_type, head_on(model_type).backbone, layers)
+
+
+def activation(model_type, layer):
+    return all_layers(model_type)[layer, "block"]
+
+
+@cache
 def special_positions(model_type):
     """Positions, among the tokens of one image or window, that come from parameters: other parameters, other tokens."""
     layout = head_on(model_type).config.layout
-    change = activation(model_type, 0, changed=True) - activation(model_type, 0)
+    backbone = build(model_type)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in backbone.named_parameters():
+            if _SPECIAL_PARAMETERS.search(name):
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
+    change = read_layers(model_type, backbone, [0])[0, "block"] - activation(model_type, 0)
     rows = {"sequence_first": lambda x: x.transpose(0, 1), "packed": lambda x: x.unflatten(1, (2, -1)).squeeze(0)}
     change = rows.get(layout.batching, lambda x: x)(change)
     return torch.nonzero(change.abs().amax(dim=(0, 2)) > 0).flatten().tolist()
@@ -290,5 +301,7 @@ def test_count(capsys):
 def test_the_documents_say_the_same(tmp_path):
     count = f"{len(SUPPORTED)} of {len(vision_model_types())} model types"
     assert count in (PROJECT / "README.md").read_text()
-    write_table(tmp_path / "backbones.md")
+    write_table(
+        tmp_path / "backbones.md", lambda model_type: (head_on(model_type).backbone, head_on(model_type).config.layout)
+    )
     assert (tmp_path / "backbones.md").read_text() == (PROJECT / "docs/backbones.md").read_text()

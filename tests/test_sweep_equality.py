@@ -172,9 +172,9 @@ def test_the_largest_learning_rate_for_five_steps(heads_at_once):
 @pytest.mark.parametrize(
     "fields",
     [
-        pytest.param({"dropouts": (0.0, 0.3)}, id="dropout"),
+        pytest.param({"decays": (1e-1,), "dropouts": (0.0, 0.3)}, id="dropout"),
         pytest.param({"noise_std": 0.05}, id="noise"),
-        pytest.param({"num_queries": 3, "dropouts": (0.0, 0.3)}, id="three queries"),
+        pytest.param({"num_queries": 3, "decays": (1e-1,), "dropouts": (0.0, 0.3)}, id="three queries"),
         pytest.param({"num_heads": 2}, id="two heads, folded"),
         pytest.param({"balance_classes": False}, id="no class weights"),
         pytest.param({"recipe": "linear-all"}, id="linear"),

@@ -32,14 +32,14 @@ from sweep_helpers import (
 
 from hf_layerfusion import LayerFeatures, LayerFusionConfig, LayerFusionError, sweep
 from hf_layerfusion.bank import TokenBank
-from hf_layerfusion.sweeps import SweepResult
+from hf_layerfusion.sweeps import Setting, SweepResult
 from hf_layerfusion.sweeps import engine as engine_module
 from hf_layerfusion.sweeps import run as run_module
-from hf_layerfusion.sweeps.stack import HeadStack, state_bytes
+from hf_layerfusion.sweeps import state as state_module
+from hf_layerfusion.sweeps.stack import HeadStack, Trial, state_bytes
+from hf_layerfusion.sweeps.state import SweepState, TrialRun, load_state, save_state
 
 HELPERS = Path(__file__).with_name("sweep_helpers.py")
-LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 
 ALF = {"recipe": "alf", "num_heads": 4}
 # Settings of several shapes, with everything that is random switched on.
@@ -71,9 +71,10 @@ def _no_figures(monkeypatch):
 
 @pytest.fixture
 def warnings(monkeypatch):
-    """What the engine warns of."""
+    """What the engine and its state warn of."""
     said = []
-    monkeypatch.setattr(engine_module.logger, "warning", said.append)
+    for module in (engine_module, state_module):
+        monkeypatch.setattr(module.logger, "warning", said.append)
     return said
 
 
@@ -141,8 +142,17 @@ MOMENTS = {
 KILLED = {**PLAIN, "save_seconds": 0}
 
 
-def kill(plan, folder):
-    """Run sweeps that are killed, one after the other, in processes of their own."""
+def memory_for(heads):
+    """Bytes that so many of the largest heads need while they are trained."""
+    from transformers import ViTConfig
+
+    backbone = ViTConfig(hidden_size=WIDTH, num_hidden_layers=LAYERS)
+    config = LayerFusionConfig(backbone_config=backbone, num_labels=CLASSES, num_heads=4)
+    return heads * state_bytes(config, torch.float32)
+
+
+def run_helpers(plan, folder):
+    """Run sweeps one after the other, in processes of their own; returns the codes they ended with, and what was said."""
     path = folder / "plan.json"
     path.write_text(json.dumps(plan))
     done = subprocess.run(
@@ -154,7 +164,7 @@ def kill(plan, folder):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +174,8 @@ def expected(features):
 
 
 @pytest.fixture(scope="module")
-def killed(features, finished, tmp_path_factory):
-    """For each name in `MOMENTS`, and a few more, the output folder of a sweep that was killed."""
+def helped(features, finished, tmp_path_factory):
+    """The folders of `killed` and `shared`, made by one program, whose start takes longer than all its sweeps."""
     folder = tmp_path_factory.mktemp("killed")
     jobs = [(name, moment, {}) for name, moments in MOMENTS.items() for moment in moments]
     jobs += [("a stack", 6, STACKED), ("overwriting", PER_FILE * (STATES + 1), {"overwrite": True})]
@@ -183,8 +193,23 @@ def killed(features, finished, tmp_path_factory):
         }
         for name, moment, more in jobs
     ]
-    assert kill(plan, folder) == [-9] * len(plan)
-    return folders
+    plan.append({"features": str(features.folder), "shared": SHARED, "folder": str(folder / "shared")})
+    codes, said = run_helpers(plan, folder)
+    assert codes == [-9] * len(jobs) + [0, 0], said[-3000:]
+    assert "heads x steps" not in said
+    return folders, folder / "shared"
+
+
+@pytest.fixture(scope="module")
+def killed(helped):
+    """For each name in `MOMENTS`, and a few more, the output folder of a sweep that was killed."""
+    return helped[0]
+
+
+@pytest.fixture(scope="module")
+def shared(helped):
+    """What two processes made of `SHARED`."""
+    return helped[1]
 
 
 # One head of a stack diverges at once and is dropped, so that the stack that goes on is a smaller one.
@@ -192,15 +217,11 @@ STACKED = {
     "grid": {**ALF, "learning_rate": [1e6, 1e-2, 1e-3, 3e-3], "attention_dropout": 0.1},
     "heads_at_once": 3,
 }
-
-
-def memory_for(heads):
-    """Bytes that so many of the largest heads need while they are trained."""
-    from transformers import ViTConfig
-
-    backbone = ViTConfig(hidden_size=WIDTH, num_hidden_layers=LAYERS)
-    config = LayerFusionConfig(backbone_config=backbone, num_labels=CLASSES, num_heads=4)
-    return heads * state_bytes(config, torch.float32)
+SHARED = {
+    "several": {**KILLED, "seeds": [0, 1, 2]},
+    "uneven": {**KILLED, "grid": GRID[0], "max_memory": memory_for(1)},
+    "one": {**KILLED, "grid": {"recipe": "linear-last", "learning_rate": 1e-2}},
+}
 
 
 @pytest.fixture
@@ -253,16 +274,23 @@ def _without_record(path):
     save_file({"x": torch.zeros(3)}, path, metadata={"sweep": "[1, 2]"})
 
 
+def flip(path, bit):
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
+        lambda path: flip(path, 8 * path.stat().st_size - 2),  # of the exponent of the last number
         lambda path: os.truncate(path, path.stat().st_size // 2),
         lambda path: os.truncate(path, 0),
         lambda path: path.write_bytes(b"no safetensors" * 100),
         _foreign,
         _without_record,
     ],
-    ids=["truncated", "empty", "garbage", "foreign", "another record"],
+    ids=["a flipped bit", "truncated", "empty", "garbage", "foreign", "another record"],
 )
 def test_damaged_state_begins_anew(features, expected, killed_copy, warnings, spoil):
     spoil(killed_copy / "sweep-state" / "selection-0.safetensors")
@@ -270,6 +298,33 @@ def test_damaged_state_begins_anew(features, expected, killed_copy, warnings, sp
     [warning] = warnings
     assert re.search("cannot be read.*begins anew", warning)
     assert names_in(killed_copy) == FILES
+
+
+def test_state_is_read_as_it_was_written_or_not_at_all(tmp_path, warnings):
+    """Whichever bit of the file is flipped."""
+    first, second = trials = [Trial(Setting()), Trial(Setting(), seed=1)]
+    heads = [{"weight": torch.randn(2, 3), "count": torch.tensor(7)} for _ in trials]
+    runs = {trial: TrialRun(epochs=[1], scores=[0.3], losses=[1.7], epochs_trained=2) for trial in trials}
+    state = SweepState([[first], [second]], runs, {first: heads[0]}, wave=1, epoch=2, training={second: heads[1]})
+    path = tmp_path / "sweep-state" / "selection-0.safetensors"
+    save_state(path, state, trials, identity="of this sweep", share="0 of 1")
+
+    def load():
+        return load_state(path, trials, identity="of this sweep", share="0 of 1", overwrite=False)
+
+    found = load()
+    for field in ("waves", "runs", "wave", "epoch"):
+        assert getattr(found, field) == getattr(state, field)
+    for field in ("trained", "training"):
+        torch.testing.assert_close(getattr(found, field), getattr(state, field), rtol=0, atol=0)
+    assert not warnings
+    bits = np.random.default_rng(0).choice(8 * path.stat().st_size, 300, replace=False).tolist()
+    for bit in bits:
+        flip(path, bit)
+        assert load() is None, f"bit {bit}"
+        flip(path, bit)
+    assert len(warnings) == len(bits)
+    assert load() is not None
 
 
 def test_unfinished_sweep_of_something_else(features, expected, killed_copy):
@@ -525,55 +580,17 @@ def test_other_precisions(features, options, tolerance):
 
 # ---- processes ---------------------------------------------------------------------------------------------------
 
-SCRIPT = """
-import json, sys
-import torch
-from accelerate import PartialState
-from hf_layerfusion import LayerFeatures, sweep
 
-state = PartialState(cpu=True, backend="gloo")
-assert state.num_processes == 2
-features, output, options = LayerFeatures.open(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-for name, more in options.items():
-    result = sweep(features, output_dir=f"{output}/{name}", **more)
-    result.save(f"{output}/{name}-of-{state.process_index}")
-try:
-    sweep(features, strategy="halving")
-except Exception as error:
-    assert "one process" in str(error), error
-else:
-    raise AssertionError("halving ran")
-"""
-
-
-def test_two_processes(features, tmp_path, monkeypatch):
-    sweeps = {
-        "several": {**KILLED, "seeds": [0, 1, 2]},
-        "uneven": {**KILLED, "grid": GRID[0], "max_memory": memory_for(1)},
-        "one": {**KILLED, "grid": {"recipe": "linear-last", "learning_rate": 1e-2}},
-    }
-    (tmp_path / "script.py").write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, *LAUNCH, str(tmp_path / "script.py"), features.folder, tmp_path, json.dumps(sweeps)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "heads x steps" not in done.stderr
-    for name, options in sweeps.items():
+def test_two_processes(features, shared, monkeypatch):
+    for name, options in SHARED.items():
         expected = run(features, **options)
         for folder in (name, f"{name}-of-0", f"{name}-of-1"):
-            found = SweepResult.load(tmp_path / folder)
+            found = SweepResult.load(shared / folder)
             assert_same(found, expected)
             assert found.curves == expected.curves  # in the same order
-        assert names_in(tmp_path / name) == FILES | {
-            f"head-seed{seed}.safetensors" for seed in options.get("seeds", [])
-        }
+        assert names_in(shared / name) == FILES | {f"head-seed{seed}.safetensors" for seed in options.get("seeds", [])}
     monkeypatch.setattr(engine_module.Engine, "run", None)
-    assert_same(run(features, **sweeps["one"], output_dir=tmp_path / "one"), expected)  # whoever trained it
+    assert_same(run(features, **SHARED["one"], output_dir=shared / "one"), expected)  # whoever trained it
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------

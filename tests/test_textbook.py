@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-from epoch import build_task
+from task import build_task
 from textbook import CachedRows, TextbookHead, train_textbook
 
 from hf_layerfusion import AttentiveFusionHead
-from hf_layerfusion.training import build_trainer, class_weights
+from hf_layerfusion.training import build_trainer
 
 NUM_LABELS, BATCH_SIZE, WIDTH = 7, 12, 64
 SHAPES = {"alf": (24, 24), "all-tokens": (257, 8), "few": (2, 2)}  # tokens, heads
@@ -152,9 +152,8 @@ def test_the_textbook_loop_trains_the_head_that_trainer_trains(task, tmp_path):
     textbook = TextbookHead(task.features.hidden_size, len(task.features.bank), task.num_labels)
     textbook.load_state_dict(own.state_dict())
     untrained = copy.deepcopy(textbook)
-    weights = class_weights(task.rows.labels, task.num_labels)
     shared = {"learning_rate": 1e-2, "weight_decay": 0.1, "batch_size": len(task.rows)}
-    options = {**TRAINING, **shared, "epochs": 8, "noise_std": 0.0, "class_weights": torch.tensor(weights)}
+    options = {**TRAINING, **shared, "epochs": 8, "noise_std": 0.0, "class_weights": torch.tensor(task.class_weights)}
     train_textbook(textbook, task.rows, **options)
     task.model.config.noise_std = 0.0
     trainer = build_trainer(

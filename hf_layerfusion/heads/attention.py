@@ -261,7 +261,7 @@ class _BlockedAttention(torch.autograd.Function):
         buffer = _Buffer(blocks, probes)
         for block, parts in blocks:
             kept = None if keep is None else keep[block]
-            pooled = buffer.take(block, probes.shape) if all_pooled is None else all_pooled[block]
+            pooled = buffer.take(block) if all_pooled is None else all_pooled[block]
             for part in parts:
                 x, scale = tokens[part].to(probes.dtype), scales[part, :, None]
                 torch.softmax((x @ to_scores).mul_(scale), dim=1, out=attentions[part])
@@ -303,7 +303,7 @@ class _BlockedAttention(torch.autograd.Function):
         for block, parts in blocks:
             kept = None if keep is None else keep[block]
             if all_pooled is None:
-                pooled = buffer.take(block, probes.shape)
+                pooled = buffer.take(block)
                 for part in parts:
                     x = tokens[part].to(probes.dtype)
                     _pool(pooled, block, part, x, scales[part, :, None], attentions, keep)
@@ -312,7 +312,7 @@ class _BlockedAttention(torch.autograd.Function):
             grad_result = grad_mapped[:, block].permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
             grad_values.baddbmm_(grad_result.mT, _by_map(pooled, values, num_queries), beta=beta)
             beta = 1
-            grad_by_map = grad_buffer.take(block, probes.shape).view(*grad_result.shape[:2], width)
+            grad_by_map = grad_buffer.take(block).view(*grad_result.shape[:2], width)
             torch.bmm(grad_result, from_values, out=grad_by_map)
             grad_pooled = _from_map(grad_by_map, values, num_queries, len(probes))  # (b, P, D)
             if kept is None:
@@ -352,12 +352,11 @@ class _Buffer:
 
     def __init__(self, blocks: list[tuple[slice, list[slice]]], probes: Tensor):
         largest = max((block.stop - block.start for block, _ in blocks), default=0)
-        self.memory = probes.new_empty(largest * probes.numel())
+        self.memory = probes.new_empty(largest, *probes.shape)
 
-    def take(self, block: slice, shape: torch.Size) -> Tensor:
-        """`(b, *shape)`, with whatever the last block left in it."""
-        rows = block.stop - block.start
-        return self.memory[: rows * shape.numel()].view(rows, *shape)
+    def take(self, block: slice) -> Tensor:
+        """`(b, P, D)`, with whatever the last block left in it."""
+        return self.memory[: block.stop - block.start]
 
 
 def _pool(

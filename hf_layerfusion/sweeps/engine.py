@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import torch
 from accelerate.data_loader import SeedableRandomSampler
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import EvalPrediction
 from transformers.utils import logging
 
 from ..bank import TokenBank
@@ -28,11 +22,12 @@ from ..errors import LayerFusionError
 from ..features import LayerFeatures
 from ..heads.attention import token_scales
 from ..noise import add_noise_
-from ..training.metrics import build_compute_metrics
 from ..training.run import MAX_GRADIENT_NORM, MIN_LEARNING_RATE
+from .meter import Meter
 from .selection import rank
 from .settings import Setting
 from .stack import Draws, HeadStack, Trial, shape_of, state_bytes
+from .state import SweepState, TrialRun, load_state, save_state
 
 logger = logging.get_logger(__name__)
 
@@ -45,8 +40,6 @@ HEADS_AT_ONCE_ON_CPU = 2
 RUNGS = ((3, 0.5), (6, 0.25), (12, 0.1))
 # What training needs beside the heads' states: batches, activations, and whatever else the machine does.
 MEMORY_SHARE = 0.6
-# Smaller is better in these metrics.
-LOSSES = ("mse", "mae")
 _LAYER_NORM_EPS = 1e-5
 
 
@@ -96,39 +89,6 @@ class Protocol:
     def rungs(self) -> dict[int, float]:
         """The share of the settings that goes on after an epoch."""
         return {self._epoch_at(point): share for point, share in RUNGS} if self.halving else {}
-
-
-@dataclass
-class TrialRun:
-    """What became of one trial.
-
-    Attributes:
-        epochs: those after which it was evaluated, counted from 1.
-        scores: the metric on the validation rows then, larger is better.
-        losses: mean training loss of those epochs.
-        epochs_trained: how many it was trained for.
-        stopped: why it did not go on to the end: `"patience"`, `"halving"` or `"diverged"`.
-    """
-
-    epochs: list[int] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    epochs_trained: int = 0
-    stopped: str | None = None
-
-    @property
-    def score(self) -> float:
-        """At the end; if training was stopped for want of a better one, the best. NaN if it diverged or was dropped."""
-        if not self.scores or self.stopped in ("diverged", "halving"):
-            return math.nan
-        return max(self.scores) if self.stopped == "patience" else self.scores[-1]
-
-    @property
-    def best_epoch(self) -> int:
-        """The epoch of `score`."""
-        if self.stopped == "patience":
-            return self.epochs[int(np.argmax(self.scores))]
-        return self.epochs_trained
 
 
 def learning_rate_at(step: int, num_steps: int, learning_rate: float) -> float:
@@ -228,8 +188,9 @@ class Engine:
         """Train everything that is not finished."""
         if not self.trials:
             return self.runs
-        start = self._load()
-        start.waves = waves = start.waves or self._waves()
+        state = self._load() or SweepState(self._waves(), self.runs, self.states)
+        self.runs, self.states = state.runs, state.trained
+        waves = state.waves
         if len(waves) > 1:
             logger.warning(
                 f"{len(self.trials)} heads do not fit the memory at once: they are trained in {len(waves)} rounds of up "
@@ -239,12 +200,12 @@ class Engine:
         with tqdm(
             total=total, desc=f"{self.name}: heads x steps", unit="step", unit_scale=True, disable=not self.progress
         ) as bar:
-            for number, wave in enumerate(waves):
-                if number < start.wave:
-                    bar.update(sum(self._steps_per_epoch(t.fold) for t in wave) * self.protocol.last_epoch)
-                    continue
-                self._train(wave, start if number == start.wave else _Start(number, waves=waves), bar)
-        self._save(_Start(len(waves), waves=waves), [])
+            for wave in waves[: state.wave]:
+                bar.update(sum(self._steps_per_epoch(trial.fold) for trial in wave) * self.protocol.last_epoch)
+            for wave in waves[state.wave :]:
+                self._train(wave, state, bar)
+                state.wave, state.epoch = state.wave + 1, 0
+        self._save(state)
         return self.runs
 
     # ---- plan ----------------------------------------------------------------------------------------------------
@@ -314,19 +275,19 @@ class Engine:
 
     # ---- training ------------------------------------------------------------------------------------------------
 
-    def _train(self, wave: Sequence[Trial], start: _Start, bar: tqdm) -> None:
+    def _train(self, wave: Sequence[Trial], state: SweepState, bar: tqdm) -> None:
         stacks = self._stacks(wave)
         for stack in stacks:
-            step = start.epoch * self._steps_per_epoch(stack.trials[0].fold)
-            if start.epoch:
-                stack.load_state({name: start.take(stack, name) for name in stack.state()}, step)
+            if state.epoch:
+                step = state.epoch * self._steps_per_epoch(stack.trials[0].fold)
+                stack.load_states([state.training[trial] for trial in stack.trials], step)
             else:
                 stack.attach_optimizer(0)
-        start.tensors.clear()
-        bar.update(sum(self._steps_per_epoch(trial.fold) for trial in wave) * start.epoch)
+        state.training.clear()
+        bar.update(sum(self._steps_per_epoch(trial.fold) for trial in wave) * state.epoch)
         evaluation_epochs, rungs = set(self.protocol.evaluation_epochs()), self.protocol.rungs()
         saved = time.monotonic()
-        for epoch in range(start.epoch, self.protocol.last_epoch):
+        for epoch in range(state.epoch, self.protocol.last_epoch):
             jobs: dict[tuple[int, int], list[HeadStack]] = {}
             for stack in stacks:
                 jobs.setdefault((stack.trials[0].fold, stack.trials[0].seed), []).append(stack)
@@ -343,7 +304,8 @@ class Engine:
             if not stacks:
                 break
             if done < self.protocol.last_epoch and time.monotonic() - saved >= self.save_seconds:
-                self._save(_Start(start.wave, done, waves=start.waves), stacks)
+                state.epoch = done
+                self._save(state, stacks)
                 saved = time.monotonic()
         if self.keep_states:
             for stack in stacks:
@@ -469,78 +431,22 @@ class Engine:
 
     # ---- state ---------------------------------------------------------------------------------------------------
 
-    def _save(self, where: _Start, stacks: Sequence[HeadStack]) -> None:
+    def _save(self, state: SweepState, stacks: Sequence[HeadStack] = ()) -> None:
         if self.checkpoint is None:
             return
-        tensors: dict[str, Tensor] = {}
-        for stack in stacks:
-            for position, trial in enumerate(stack.trials):
-                key = self.trials.index(trial)
-                tensors |= {f"{key}/{name}": value[position].contiguous() for name, value in stack.state().items()}
-        for trial, state in self.states.items():
-            tensors |= {f"{self.trials.index(trial)}/final/{name}": value for name, value in state.items()}
-        record = {
-            "identity": self.identity,
-            "share": self.share,
-            "waves": [[self.trials.index(trial) for trial in wave] for wave in where.waves],
-            "wave": where.wave,
-            "epoch": where.epoch,
-            "runs": [asdict(self.runs[trial]) for trial in self.trials],
+        training = {
+            trial: values for stack in stacks for trial, values in zip(stack.trials, stack.states(), strict=True)
         }
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        staged = self.checkpoint.with_name(f"{self.checkpoint.name}.{os.getpid()}.tmp")
-        save_file(tensors, staged, metadata={"sweep": json.dumps(record)})
-        staged.replace(self.checkpoint)
+        # A copy, so that the arrays of heads that are dropped later are not kept.
+        whole = replace(state, training=training)
+        save_state(self.checkpoint, whole, self.trials, identity=self.identity, share=self.share)
 
-    def _load(self) -> _Start:
+    def _load(self) -> SweepState | None:
         if self.checkpoint is None or not self.checkpoint.exists():
-            return _Start()
-        try:
-            with safe_open(self.checkpoint, framework="pt") as file:
-                record = json.loads(file.metadata()["sweep"])
-                tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-            is_own = record["identity"] == self.identity
-            if is_own and record["share"] != self.share:
-                logger.warning(
-                    f"the state {self.checkpoint} is of process {record['share']}, not {self.share}: the sweep begins anew"
-                )
-                return _Start()
-            if is_own:
-                self.runs = {trial: TrialRun(**run) for trial, run in zip(self.trials, record["runs"], strict=True)}
-                waves = [[self.trials[number] for number in wave] for wave in record["waves"]]
-                wave, epoch = int(record["wave"]), int(record["epoch"])
-        except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
-            logger.warning(f"the state {self.checkpoint} cannot be read ({error}): the sweep begins anew")
-            return _Start()
-        if not is_own:
-            if not self.overwrite:
-                raise LayerFusionError(
-                    f"{self.checkpoint.parent.parent} holds an unfinished sweep of something else: give another folder, or "
-                    "replace it with overwrite=True (--overwrite_sweep)"
-                )
-            return _Start()
-        numbers = {trial: number for number, trial in enumerate(self.trials)}
-        for trial, number in numbers.items():
-            prefix = f"{number}/final/"
-            final = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-            if final:
-                self.states[trial] = final
-        logger.info(f"the sweep goes on from {self.checkpoint}, after epoch {epoch}")
-        return _Start(wave, epoch, tensors, numbers, waves)
-
-
-@dataclass
-class _Start:
-    """Where a run begins, or began again."""
-
-    wave: int = 0
-    epoch: int = 0
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    numbers: dict[Trial, int] = field(default_factory=dict)
-    waves: list[list[Trial]] = field(default_factory=list)
-
-    def take(self, stack: HeadStack, name: str) -> Tensor:
-        return torch.stack([self.tensors[f"{self.numbers[trial]}/{name}"] for trial in stack.trials])
+            return None
+        return load_state(
+            self.checkpoint, self.trials, identity=self.identity, share=self.share, overwrite=self.overwrite
+        )
 
 
 def better_settings(means: Mapping[Setting, float], share: float) -> list[Setting]:
@@ -548,62 +454,6 @@ def better_settings(means: Mapping[Setting, float], share: float) -> list[Settin
     alive = [setting for setting, mean in means.items() if not math.isnan(mean)]
     alive.sort(key=lambda setting: rank(setting, means[setting]), reverse=True)
     return alive[: max(1, math.ceil(share * len(means)))]
-
-
-class Meter:
-    """The metric of K heads over batches of validation rows.
-
-    Accuracy and balanced accuracy are counted as the batches go by; anything else `build_compute_metrics` computes, for
-    one head after the other, from all logits.
-    """
-
-    def __init__(self, metric: str, config: LayerFusionConfig, num_heads: int):
-        self.metric, self.config = metric, config
-        is_single = config.problem_type == "single_label_classification"
-        self.counts = is_single and metric in ("accuracy", "balanced_accuracy")
-        self.hits: Tensor | None = None  # (K, C)
-        self.rows: Tensor | None = None  # (C,)
-        self.is_finite = torch.ones(num_heads, dtype=torch.bool)
-        self.logits: list[Tensor] = []
-        self.labels: list[Tensor] = []
-
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """`(K, B, C)` and `(B, ...)`."""
-        self.is_finite = self.is_finite.to(logits.device) & torch.isfinite(logits).flatten(1).all(dim=1)
-        if not self.counts:
-            self.logits.append(logits.float().cpu())
-            self.labels.append(labels.cpu())
-            return
-        if self.hits is None or self.rows is None:
-            self.hits = logits.new_zeros(len(logits), self.config.num_labels, dtype=torch.long)
-            self.rows = torch.zeros_like(self.hits[0])
-        right = (logits.argmax(dim=-1) == labels).long()  # (K, B)
-        self.hits.scatter_add_(1, labels.expand_as(right), right)
-        self.rows.index_add_(0, labels, torch.ones_like(labels))
-
-    def scores(self) -> list[float]:
-        """One per head, larger is better; NaN where a logit was not finite."""
-        if self.hits is not None and self.rows is not None:
-            hits, rows = self.hits.double(), self.rows.double()
-            if self.metric == "accuracy":
-                values = hits.sum(dim=1) / rows.sum()
-            else:
-                present = rows > 0
-                values = (hits[:, present] / rows[present]).mean(dim=1)
-            found = values.tolist()
-        else:
-            compute = build_compute_metrics(self.config)
-            labels, logits = torch.cat(self.labels).numpy(), torch.cat(self.logits, dim=1).numpy()
-            found = [self._measure(compute, one, labels) for one in logits]
-        return [score if finite else math.nan for score, finite in zip(found, self.is_finite.tolist(), strict=True)]
-
-    def _measure(self, compute: Any, logits: np.ndarray, labels: np.ndarray) -> float:
-        if not np.isfinite(logits).all():
-            return math.nan
-        metrics = compute(EvalPrediction(predictions=logits, label_ids=labels))
-        if self.metric not in metrics:
-            raise LayerFusionError(f"metric {self.metric!r} is unknown: choose from {', '.join(metrics)}")
-        return -metrics[self.metric] if self.metric in LOSSES else metrics[self.metric]
 
 
 def _free_memory(device: torch.device) -> int:

@@ -25,7 +25,7 @@ from ..configuration_layer_fusion import LayerFusionConfig
 from ..errors import LayerFusionError
 from ..features.manifest import describe_difference, plain_values
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
-from .engine import LOSSES
+from .meter import LOSSES
 from .selection import rank, spread
 from .settings import FIELDS, Setting
 
@@ -172,12 +172,13 @@ class SweepResult:
         return [t["score"] for t in self.trials if t["setting"] == number and t["score"] is not None]
 
     def build_model(
-        self, backbone: str | Path | PreTrainedModel, *, seed: int | None = None, **options: Any
+        self, backbone: str | Path | PreTrainedModel | None = None, *, seed: int | None = None, **options: Any
     ) -> ViTForAttentiveLayerFusionClassification:
         """The chosen head on its backbone, ready for `save_pretrained`, `pipeline` or an evaluation.
 
         Args:
-            backbone: the one that the features came from; its weights are compared.
+            backbone: the one that the features came from; its weights are compared. `None` for the head alone, which
+                reads `layer_features`.
             seed: which of the trained heads; by default the first.
             options: for `from_backbone` (`revision`, `dtype`, `image_processor`, ...).
 
@@ -185,6 +186,10 @@ class SweepResult:
             LayerFusionError: if no head was trained on all rows, or the backbone or its image processor is another one.
         """
         state = self.head_state(seed)
+        if backbone is None:
+            head = ViTForAttentiveLayerFusionClassification(self.config, with_backbone=False)
+            head.head.load_state_dict(state)
+            return head.eval()
         model = ViTForAttentiveLayerFusionClassification.from_backbone(
             backbone, id2label=self.config.id2label, **self.head_options, **options
         )
@@ -237,10 +242,10 @@ class SweepResult:
 
         plot_sweep(self, path)
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, *, plot: bool = True) -> None:
         """Write `sweep.json`, `trials.csv`, a `head-seed*.safetensors` per trained head, and `sweep.png` with matplotlib.
 
-        A sweep that is there already is replaced.
+        A sweep that is there already is replaced. `plot=False` leaves the figure out.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -260,15 +265,19 @@ class SweepResult:
         writer.writeheader()
         writer.writerows(self.trials)
         _write(folder / TABLE_NAME, table.getvalue().encode())
+        if plot:
+            self._write_figure(folder / FIGURE_NAME)
+        text = json.dumps(self._to_dict(digests), indent=1, allow_nan=False) + "\n"
+        _write(folder / RESULT_NAME, text.encode())
+
+    def _write_figure(self, path: Path) -> None:
         figure = io.BytesIO()
         try:
             self.plot(figure)
         except Exception as error:  # whatever it is, hours of training must not be lost for a figure
-            logger.warning(f"{folder / FIGURE_NAME} is not written: {error}")
+            logger.warning(f"{path} is not written: {error}")
         else:
-            _write(folder / FIGURE_NAME, figure.getvalue())
-        text = json.dumps(self._to_dict(digests), indent=1, allow_nan=False) + "\n"
-        _write(folder / RESULT_NAME, text.encode())
+            _write(path, figure.getvalue())
 
     def _to_dict(self, digests: dict[int, str]) -> dict[str, Any]:
         return {

@@ -70,6 +70,7 @@ def sweep(
     groups: Sequence[Any] | np.ndarray | None = None,
     split_seed: int = 0,
     seeds: Sequence[int] = (0,),
+    refit_seeds: Sequence[int] | None = None,
     num_epochs: int | None = None,
     batch_size: int | None = None,
     patience: int | None = None,
@@ -82,6 +83,7 @@ def sweep(
     autocast: str | None = None,
     heads_at_once: int | None = None,
     max_memory: int | None = None,
+    plot: bool = True,
     progress: bool = True,
     **overrides: Any,
 ) -> SweepResult:
@@ -114,7 +116,8 @@ def sweep(
         num_epochs: by default the protocol's, at least 40 and as many as make 1000 steps.
         batch_size: by default the protocol's.
         patience: epochs without a better score after which a head stops; its score is then its best.
-        refit: train the chosen setting on all rows, from every seed.
+        refit: train the chosen setting on all rows, from every one of `refit_seeds`.
+        refit_seeds: by default `seeds`. The reference chooses with one seed, and then trains several.
         output_dir: keep the state here after epochs, so that a killed sweep goes on where it was, and write the result.
         overwrite: replace another sweep in `output_dir`.
         save_seconds: least time between two saves of the state.
@@ -125,6 +128,7 @@ def sweep(
             depend on which others are trained, to the bit; else up to rounding.
         max_memory: bytes for the heads' parameters, gradients and moments; by default a share of what is free. Grids
             that do not fit are trained in rounds.
+        plot: write `sweep.png` beside the result.
         progress: show a bar.
         overrides: further fields of [`LayerFusionConfig`], for all settings.
 
@@ -147,6 +151,7 @@ def sweep(
     state = PartialState(cpu=checked_device(wanted_device).type == "cpu")
     device = state.device if device is None else torch.device(device)
     seeds = checked_seeds(seeds)
+    refit_seeds = seeds if refit_seeds is None else checked_seeds(refit_seeds)
     settings = settings_of(grid, recipe, overrides)
     overrides = {name: value for name, value in overrides.items() if name not in FIELDS}
     given = len(features)
@@ -200,6 +205,8 @@ def sweep(
         "autocast": autocast,
         "heads_at_once": heads_at_once,
         "refit": refit,
+        # Only where it says something, so that results of earlier versions are found again.
+        **({"refit_seeds": refit_seeds} if refit_seeds != seeds else {}),
         "features": describe_features(features, folds),
         "versions": {"hf_layerfusion": __version__, "torch": torch.__version__},
     }
@@ -254,11 +261,11 @@ def sweep(
         if patience is not None:
             final.stop_after = max(1, round(float(np.mean(epochs)) / protocol.num_epochs * final.num_epochs))
         everything = [Rows(features, None, _weights(labels, config))]
-        engine = train("refit", [Trial(best, seed) for seed in seeds], everything, final, True)
+        engine = train("refit", [Trial(best, seed) for seed in refit_seeds], everything, final, True)
         states = _gathered(engine.states, state)
-        if lost := [seed for seed in seeds if Trial(best, seed) not in states]:
+        if lost := [seed for seed in refit_seeds if Trial(best, seed) not in states]:
             raise LayerFusionError(f"training on all rows diverged from seed {lost[0]}: use smaller learning rates")
-        heads = {seed: states[Trial(best, seed)] for seed in seeds}
+        heads = {seed: states[Trial(best, seed)] for seed in refit_seeds}
         record["refit_epochs"], record["refit_batch_size"] = final.last_epoch, final.batch_size
     if best.balance_classes:
         configs[best].class_weights = _weights(labels, config)
@@ -277,7 +284,7 @@ def sweep(
     )
     if folder is not None:
         if state.is_main_process:
-            result.save(folder)
+            result.save(folder, plot=plot)
             shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)
         state.wait_for_everyone()
     return result
@@ -339,8 +346,9 @@ def _fits(features: LayerFeatures, device: torch.device) -> bool:
     """Whether all rows go into the device's memory, beside what training needs."""
     if device.type != "cuda":
         return False
-    size = len(features.manifest.token_bank) * features.hidden_size * len(features.dataset)
-    return size * np.dtype(features.manifest.dtype).itemsize < 0.3 * torch.cuda.mem_get_info(device)[0]
+    manifest = features.manifest
+    size = len(manifest.token_bank) * manifest.hidden_size * len(features.dataset)
+    return size * np.dtype(manifest.dtype).itemsize < 0.3 * torch.cuda.mem_get_info(device)[0]
 
 
 def _gathered(found: dict[Trial, Any], state: PartialState) -> dict[Trial, Any]:

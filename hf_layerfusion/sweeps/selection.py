@@ -19,7 +19,7 @@ def split_rows(
     validation_size: float,
     num_folds: int | None,
     seed: int,
-    groups: Sequence[Any] | None = None,
+    groups: Sequence[Any] | np.ndarray | None = None,
     stratified: bool = True,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Training and validation rows: of one split, or of each of `num_folds` folds.

@@ -197,19 +197,20 @@ class HeadStack:
         state = {**self.parameters, **self.buffers}
         return {name: value.detach()[position].cpu().clone() for name, value in state.items()}
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything that training goes on from."""
+    def states(self) -> list[dict[str, Tensor]]:
+        """Of each head everything that training goes on from, in the stack's own memory."""
         tensors = {f"parameters/{name}": value.detach() for name, value in self.parameters.items()}
         tensors |= {f"buffers/{name}": value for name, value in self.buffers.items()}
         for moment, values in self.moments.items():
             tensors |= {f"{moment}/{name}": value for name, value in values.items()}
-        return tensors
+        return [{name: value[position] for name, value in tensors.items()} for position in range(len(self))]
 
     @torch.no_grad()
-    def load_state(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Go on from what `state` gave after `step` steps."""
-        for name, value in self.state().items():
-            value.copy_(tensors[name])
+    def load_states(self, states: Sequence[Mapping[str, Tensor]], step: int) -> None:
+        """Go on from what `states` gave after `step` steps."""
+        for own, given in zip(self.states(), states, strict=True):
+            for name, value in own.items():
+                value.copy_(given[name])
         self.attach_optimizer(step)
 
 
