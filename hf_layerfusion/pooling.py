@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -50,27 +49,20 @@ def pool_activation(
             f"{' in all, some of which are padding' if patch_mask is not None else ''}: all tokens need images of the one "
             "size that the head was built for (image_size=)"
         )
-    pooled, position = [], 0
-    for are_patches, group in itertools.groupby(pools, is_patch):
-        names = list(group)
-        if are_patches:
-            index = wanted[position : position + len(names)]
-            position += len(names)
-            in_order = index == list(range(index[0], index[0] + len(index)))
-            pooled.append(patches[:, index[0] : index[0] + len(index)] if in_order else patches[:, index])
-            continue
-        for pool in names:
-            if pool == "cls":
-                if not layout.has_cls_at(layer, module):
-                    raise LayerFusionError(f"layer {layer} of this backbone has no CLS token: use pools=['mean']")
-                # Suffix tokens stand behind the prefix, so a negative position counts from the end here too.
-                pooled.append(special[:, layout.cls_token].unsqueeze(1))
-            elif pool == "mean":
-                mean = patches.mean(dim=1) if patch_mask is None else _masked_mean(patches, patch_mask)
-                pooled.append(mean.unsqueeze(1))
-            else:
-                raise LayerFusionError(f"pool {pool!r} is unknown: use one of {', '.join(POOLS)}")
-    return torch.cat(pooled, dim=1)  # (B, P, D)
+    pooled = []
+    for pool in pools:
+        if pool == "cls":
+            if not layout.has_cls_at(layer, module):
+                raise LayerFusionError(f"layer {layer} of this backbone has no CLS token: use pools=['mean']")
+            # Suffix tokens stand behind the prefix, so a negative position counts from the end here too.
+            pooled.append(special[:, layout.cls_token])
+        elif pool == "mean":
+            pooled.append(patches.mean(dim=1) if patch_mask is None else _masked_mean(patches, patch_mask))
+        elif is_patch(pool):
+            pooled.append(patches[:, patch_number(pool)])
+        else:
+            raise LayerFusionError(f"pool {pool!r} is unknown: use one of {', '.join(POOLS)}")
+    return torch.stack(pooled, dim=1)  # (B, P, D)
 
 
 def split_tokens(

@@ -57,6 +57,26 @@ def token_statistics(tokens: Tensor) -> Tensor:
     return statistics.view(*tokens.shape[:-1], 2)
 
 
+def without_padding(statistics: Tensor, padded: int, width: int) -> Tensor:
+    """The statistics of tokens whose last entries, zeros, are cut off.
+
+    Args:
+        statistics: `(..., 2)`, norm and standard deviation over `padded` entries.
+        padded: how many entries the tokens have.
+        width: how many are left.
+
+    Returns:
+        `(..., 2)`, in the dtype of `statistics`.
+    """
+    if width == padded:
+        return statistics
+    norm, std = statistics.double().unbind(dim=-1)
+    # From the mean square and the square of the mean, whose sum over the entries zeros do not change.
+    squared_mean = (norm.square() / padded - std.square()).clamp_min(0) * (padded / width) ** 2
+    std = (norm.square() / width - squared_mean).clamp_min(0).sqrt()
+    return torch.stack([norm, std], dim=-1).to(statistics.dtype)
+
+
 def cache_statistics(chunks: Sequence[Tensor], manifest: Manifest, folder: Path | None) -> Tensor:
     """The statistics of all tokens of a cache: those that are kept beside it, else taken now and kept if that can be.
 
@@ -137,4 +157,4 @@ def _metadata(manifest: Manifest) -> dict[str, str]:
     return {"format_version": str(FORMAT_VERSION), "shards_sha256": digest.hexdigest()}
 
 
-__all__ = ["cache_statistics", "read_statistics", "token_statistics"]
+__all__ = ["cache_statistics", "read_statistics", "token_statistics", "without_padding"]

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..bank import TokenBank
 from ..errors import LayerFusionError
+from ..layout import TokenLayout
 from .manifest import MANIFEST_NAME, STATISTICS_NAME, Manifest, Shard
-from .statistics import cache_statistics
+from .statistics import cache_statistics, without_padding
 
 FEATURES_COLUMN = "layer_features"
 LABEL_COLUMN = "label"
@@ -73,6 +74,11 @@ class LayerFeatures(torch.utils.data.Dataset):
         self._rows = np.arange(len(dataset)) if rows is None else np.asarray(rows, dtype=np.int64)
         self._tokens = manifest.token_bank.positions_of(self.bank)
         self._takes_all_tokens = self._tokens == list(range(len(manifest.token_bank)))
+        # Tokens are padded to the widest of the cache, which the bank in view may not have.
+        layout = manifest.ingredients.get("token_layout")
+        self._width = manifest.hidden_size
+        if layout and not self._takes_all_tokens:
+            self._width = self.bank.width(TokenLayout(**layout))
         self._chunks = _map_chunks(dataset, len(manifest.token_bank), manifest.hidden_size)
         self._starts = np.cumsum([0] + [len(chunk) for chunk in self._chunks])
         self._gives_statistics = False
@@ -168,18 +174,18 @@ class LayerFeatures(torch.utils.data.Dataset):
         dataset = self._dataset if whole else self._dataset.select(self._rows)
         if self._takes_all_tokens:
             return dataset
-        shape = (-1, len(self.manifest.token_bank), self.hidden_size)
+        shape = (-1, len(self.manifest.token_bank), self.manifest.hidden_size)
 
         def select_tokens(batch: dict[str, Any]) -> dict[str, Any]:
             flat = np.asarray(batch[FEATURES_COLUMN], dtype=self.manifest.dtype)
-            return {**batch, FEATURES_COLUMN: torch.from_numpy(flat.reshape(shape)[:, self._tokens])}
+            return {**batch, FEATURES_COLUMN: torch.from_numpy(flat.reshape(shape)[:, self._tokens, : self._width])}
 
         return dataset.with_transform(select_tokens)
 
     @property
     def hidden_size(self) -> int:
-        """D."""
-        return self.manifest.hidden_size
+        """D: the widest token in view; narrower ones are zero-padded."""
+        return self._width
 
     @property
     def token_names(self) -> list[str]:
@@ -251,14 +257,16 @@ class LayerFeatures(torch.utils.data.Dataset):
     def _gather_statistics(self, rows: np.ndarray) -> Tensor:
         statistics = self._all_statistics()
         gathered = statistics.index_select(0, torch.from_numpy(rows).to(statistics.device))
-        return gathered if self._takes_all_tokens else gathered[:, self._tokens]
+        if self._takes_all_tokens:
+            return gathered
+        return without_padding(gathered[:, self._tokens], self.manifest.hidden_size, self._width)
 
     def _all_statistics(self) -> Tensor:
         """Of all rows and tokens of the cache, on the device of the features."""
         host = torch.device("cpu")
         if host not in self._statistics:
             # Of the files, not of chunks that were moved: one result on all devices.
-            chunks = _map_chunks(self._dataset, len(self.manifest.bank), self.hidden_size)
+            chunks = _map_chunks(self._dataset, len(self.manifest.bank), self.manifest.hidden_size)
             self._statistics[host] = cache_statistics(chunks, self.manifest, self.folder)
         device = self._chunks[0].device
         if device not in self._statistics:
@@ -340,7 +348,7 @@ class LayerFeatures(torch.utils.data.Dataset):
         if in_one_chunk and last - first == len(rows) - 1 and (np.diff(rows) == 1).all():
             offset = first - self._starts[chunk]
             view = self._chunks[chunk][offset : offset + len(rows)]
-            return view if self._takes_all_tokens else view[:, self._tokens]
+            return view if self._takes_all_tokens else view[:, self._tokens, : self._width]
         if self._chunks[chunk].device.type != "cpu":
             return self._gather_on_device(rows)
         order = np.argsort(rows, kind="stable")
@@ -349,23 +357,24 @@ class LayerFeatures(torch.utils.data.Dataset):
         bounds = np.searchsorted(ascending, self._starts)
         # Of numpy and not of torch: its large arrays come in huge pages, torch's in small ones, and to have those
         # cleared takes several times as long as the copy.
-        gathered = np.empty((len(rows), len(self.bank), self.hidden_size), dtype=self.manifest.dtype)
+        stored = self.manifest.hidden_size
+        gathered = np.empty((len(rows), len(self.bank), stored), dtype=self.manifest.dtype)
         for chunk in np.flatnonzero(np.diff(bounds)).tolist():
             part = slice(bounds[chunk], bounds[chunk + 1])
             index = ascending[part] - self._starts[chunk]
             source = self._chunks[chunk].numpy()
             if not self._takes_all_tokens:
                 index = index[:, None] * source.shape[1] + self._tokens  # (rows, N) positions of single tokens
-                source = source.reshape(-1, self.hidden_size)
+                source = source.reshape(-1, stored)
             # `mode="clip"`, because "raise" goes through a buffer.
             if is_ascending:
                 np.take(source, index, axis=0, out=gathered[part], mode="clip")
             else:
                 gathered[order[part]] = np.take(source, index, axis=0, mode="clip")
-        return torch.from_numpy(gathered)
+        return torch.from_numpy(gathered)[..., : self._width]
 
     def _gather_on_device(self, rows: np.ndarray) -> Tensor:
-        gathered = self._chunks[0].new_empty(len(rows), len(self.bank), self.hidden_size)
+        gathered = self._chunks[0].new_empty(len(rows), len(self.bank), self._width)
         chunk_of_row = np.searchsorted(self._starts, rows, side="right") - 1
         for chunk in np.unique(chunk_of_row):
             wanted = np.flatnonzero(chunk_of_row == chunk)
@@ -374,7 +383,7 @@ class LayerFeatures(torch.utils.data.Dataset):
             if self._takes_all_tokens:
                 picked = source.index_select(0, local)
             else:
-                picked = source[local[:, None], torch.tensor(self._tokens, device=source.device)]
+                picked = source[local[:, None], torch.tensor(self._tokens, device=source.device), : self._width]
             gathered[torch.from_numpy(wanted).to(source.device)] = picked
         return gathered
 
