@@ -1,6 +1,7 @@
 """Layer attentions over a dataset, as numbers, as JSON and as a picture."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -52,6 +53,59 @@ def test_mean_and_spread_are_those_of_all_images_at_once(options, num_rows):
         assert summary.std.max() > 1e-3
 
 
+def attentions_of(model):
+    with torch.no_grad():
+        pixel_values = torch.cat([batch["pixel_values"] for batch in BATCHES])
+        return model(pixel_values, output_attentions=True).layer_attentions.double().flatten(1, 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_heads": 4, "num_queries": 3}, {"recipe": "scalar-mix"}])
+def test_entropy_and_depth_are_those_of_all_images_at_once(options):
+    model = build_model(**options)
+    summary = summarise_attentions(model, BATCHES)
+    attentions = attentions_of(model)
+    entropy = -(attentions * attentions.log()).sum(-1)  # (B, H)
+    torch.testing.assert_close(summary.entropy, entropy.mean(0), rtol=1e-5, atol=1e-6)
+    assert summary.mean_entropy == pytest.approx(float(entropy.mean()), abs=1e-6)
+    assert summary.relative_entropy == pytest.approx(float(entropy.mean()) / math.log(2 * NUM_LAYERS), abs=1e-6)
+    # CLS and mean of layer 1, then of layer 2, ...
+    by_layer = attentions.mean((0, 1)).view(NUM_LAYERS, 2).sum(1)
+    assert list(summary.layer_weights) == list(range(1, NUM_LAYERS + 1))
+    assert list(summary.layer_weights.values()) == pytest.approx(by_layer.tolist(), abs=1e-6)
+    depths = torch.arange(1, NUM_LAYERS + 1, dtype=torch.float64) / NUM_LAYERS
+    assert summary.expected_depth == pytest.approx(float(by_layer @ depths), abs=1e-6)
+    assert summary.depth_by_head.mean() == pytest.approx(summary.expected_depth, abs=1e-9)
+    assert summary.depth_by_head.shape == summary.entropy.shape == summary.mean.shape[:1]
+
+
+@pytest.mark.parametrize("column", ["label", "labels", "label_ids"])
+def test_means_by_class(column):
+    model = build_model(id2label={0: "ant", 1: "bee", 2: "cat"})
+    labels = torch.tensor([0, 2, 2, 0, 2, 2, 0, 2])
+    parts = labels.split([4, 3, 1])
+    batches = [
+        {"pixel_values": batch["pixel_values"], column: part} for batch, part in zip(BATCHES, parts, strict=True)
+    ]
+    summary = summarise_attentions(model, batches)
+    attentions = attentions_of(model)
+    assert summary.class_counts == {0: 3, 2: 5}  # nothing of a class that was not seen
+    for number, mean in summary.class_means.items():
+        torch.testing.assert_close(mean, attentions[labels == number].mean(0), rtol=1e-5, atol=1e-6)
+    assert (summary.class_means[0] - summary.class_means[2]).abs().max() > 1e-4
+    classes = summary.to_dict()["classes"]
+    assert [(row["label"], row["num_images"]) for row in classes] == [("ant", 3), ("cat", 5)]
+    assert classes[1]["weights"] == pytest.approx(summary.class_means[2].mean(0).tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("labels", [torch.rand(4), torch.ones(4, 3, dtype=torch.long), None])
+def test_labels_that_are_no_classes_give_no_means(labels):
+    batch = {"pixel_values": BATCHES[0]["pixel_values"]} | ({} if labels is None else {"labels": labels})
+    summary = summarise_attentions(build_model(), [batch])
+    assert summary.num_images == 4
+    assert summary.class_means == summary.class_counts == {}
+    assert "classes" not in summary.to_dict()
+
+
 def test_features_give_the_same_as_pixels():
     model = build_model()
     with torch.no_grad():
@@ -78,7 +132,33 @@ def summary_of(num_heads, num_layers):
         range(1, num_layers + 1), ["block"], ["cls", "mean"], TokenLayout.of_plain_vit(8, num_layers)
     )
     mean = torch.randn(num_heads, len(bank), dtype=torch.float64).softmax(-1)
-    return AttentionSummary(bank.names, mean, mean / 4, 17)
+    return AttentionSummary(bank.names, mean, mean / 4, 17, bank=bank, num_layers=num_layers)
+
+
+@pytest.mark.parametrize(
+    ("weights", "entropy", "depth"),
+    [
+        ([1 / 8] * 8, math.log(8), (1 + 2 + 3 + 4) / 4 / 4),
+        ([0, 0, 0, 0, 0, 0, 0, 1], 0.0, 1.0),
+        ([0.5, 0.5, 0, 0, 0, 0, 0, 0], math.log(2), 1 / 4),
+    ],
+)
+def test_entropy_and_depth_of_what_is_known(weights, entropy, depth):
+    summary = summary_of(3, 4)
+    summary.mean = torch.tensor([weights] * 3, dtype=torch.float64)
+    summary.entropy = torch.special.entr(summary.mean).sum(-1)
+    assert summary.mean_entropy == pytest.approx(entropy)
+    assert summary.relative_entropy == pytest.approx(entropy / math.log(8))
+    assert summary.expected_depth == pytest.approx(depth)
+    assert sum(summary.layer_weights.values()) == pytest.approx(1)
+
+
+def test_a_summary_without_coordinates_has_no_depth():
+    summary = AttentionSummary(["a"], torch.ones(1, 1), torch.zeros(1, 1), 2)
+    assert summary.mean_entropy is summary.relative_entropy is None
+    assert set(summary.to_dict()) == {"num_images", "tokens", "heads"}
+    with pytest.raises(LayerFusionError, match="does not know its tokens' layers"):
+        summary.expected_depth  # noqa: B018
 
 
 def test_json(tmp_path):
@@ -93,6 +173,8 @@ def test_json(tmp_path):
     assert len(values["heads"]) == 4
     assert torch.tensor([head["mean"] for head in values["heads"]]).sum(1).tolist() == pytest.approx([1] * 4, abs=1e-5)
     assert values["heads"][3]["std"] == pytest.approx(summary.std[3].tolist(), abs=1e-6)
+    assert [row["layer"] for row in values["layers"]] == [1, 2]
+    assert values["depth"]["expected"] == pytest.approx(summary.expected_depth)
 
 
 @pytest.mark.parametrize(("num_heads", "num_layers"), [(1, 1), (1, 12), (2, 1), (24, 12), (48, 24)])
