@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from ..errors import LayerFusionError
 from ..version import __version__
-from . import cache, evaluate, explain, extract, info, predict, sweep, train
+from . import cache, evaluate, explain, extract, info, predict, study, sweep, train
 from .options import OptionsError
 
-COMMANDS = (info, extract, cache, sweep, train, evaluate, predict, explain)
+COMMANDS = (info, extract, cache, sweep, train, evaluate, predict, explain, study)
 
 EPILOG = """\
 a first session:
