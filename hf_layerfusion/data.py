@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
+from PIL import Image as PILImage
 from sklearn.model_selection import train_test_split
 from transformers.utils import logging
 
@@ -21,10 +22,27 @@ SPLIT_NAMES = {
     "validation": ("validation", "val", "valid", "dev"),
     "test": ("test", "testing"),
 }
+# Of WebDatasets such as those of the CLIP benchmark.
+_WEBDATASET_SHARDS = {"train": "train/*.tar", "test": "test/*.tar"}
 # What tells a saved dataset from a folder of images.
 _SAVED_DATASET_FILES = ("dataset_dict.json", "state.json")
 # Paths and encoded images, which `datasets` casts to images.
 _IMAGE_DTYPES = ("string", "large_string", "binary", "large_binary")
+
+
+# A dataset that is there wherever scikit-learn is.
+DIGITS = "sklearn:digits"
+
+
+def open_digits() -> DatasetDict:
+    """scikit-learn's handwritten digits: 1797 grey pictures of 8 x 8 in 10 classes, in one split `train`."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    features = Features({"image": Image(), "label": ClassLabel(names=[str(name) for name in data.target_names])})
+    pictures = [PILImage.fromarray(np.uint8(picture * 255 / 16)) for picture in data.images]
+    rows = Dataset.from_dict({"image": pictures, "label": data.target.tolist()}, features=features)
+    return DatasetDict({"train": rows})
 
 
 def open_dataset(source: str | Path, *, name: str | None = None, revision: str | None = None) -> DatasetDict:
@@ -32,13 +50,15 @@ def open_dataset(source: str | Path, *, name: str | None = None, revision: str |
 
     Args:
         source: a folder written by `save_to_disk`, a folder of images (`folder/class/picture.png`, or with `train/`
-            and `test/` above), or a Hub id.
+            and `test/` above), a Hub id, or `"sklearn:digits"`, scikit-learn's handwritten digits.
         name: configuration of a Hub dataset.
         revision: branch, tag or commit of a Hub dataset.
 
     Raises:
         LayerFusionError: if it cannot be found or holds no images.
     """
+    if source == DIGITS:
+        return open_digits()
     folder = Path(source)
     try:
         if any((folder / file).is_file() for file in _SAVED_DATASET_FILES):
@@ -46,7 +66,7 @@ def open_dataset(source: str | Path, *, name: str | None = None, revision: str |
         elif folder.is_dir():
             opened = load_dataset("imagefolder", data_dir=str(folder))
         else:
-            opened = load_dataset(str(source), name, revision=revision)
+            opened = _load_from_hub(str(source), name, revision)
     except (OSError, ValueError, DatasetsError) as error:
         kind = "holds no images and no saved dataset" if folder.is_dir() else "is neither a folder nor a Hub dataset"
         raise LayerFusionError(f"dataset {str(source)!r} {kind} that can be opened: {error}") from error
@@ -61,6 +81,18 @@ def open_dataset(source: str | Path, *, name: str | None = None, revision: str |
         is_taken = ours != split and (ours in splits or ours in renamed)
         renamed[split if is_taken else ours] = rows
     return renamed
+
+
+def _load_from_hub(repo_id: str, name: str | None, revision: str | None) -> DatasetDict | Dataset:
+    """A Hub dataset; a WebDataset also where a split has one shard beside its text file, which `datasets` takes for text."""
+    try:
+        opened = load_dataset(repo_id, name, revision=revision)
+        if any(rows.column_names != ["text"] for rows in opened.values()):
+            return opened
+    except ValueError as error:
+        if "same data file format" not in str(error):
+            raise
+    return load_dataset(repo_id, name, revision=revision, data_files=_WEBDATASET_SHARDS)
 
 
 def find_image_column(dataset: Dataset, image_column: str | None = None) -> str:

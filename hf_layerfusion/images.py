@@ -96,7 +96,14 @@ def resize_processor(processor: Any, image_size: int) -> Any:
     """A copy of an image processor that gives `image_size` x `image_size` pixels.
 
     Where it resizes and then crops, both change by the same factor.
+
+    Raises:
+        LayerFusionError: for a processor without a size, such as timm's.
     """
+    if not hasattr(processor, "size"):
+        raise LayerFusionError(
+            f"a {type(processor).__name__} has no size to set: leave image_size out, or pass another image_processor="
+        )
     resized = deepcopy(processor)
     crop = getattr(processor, "crop_size", None)
     old = dict(processor.size)

@@ -73,6 +73,12 @@ RECIPES = {
         learning_rate=3e-2,
     ),
     "linear-all": Recipe("linear probe on CLS and patch mean of all layers, concatenated", **_LINEAR),
+    "linear-all-paper": Recipe(
+        "linear probe on the tokens of `alf-paper`, concatenated",
+        layers="2:",
+        modules=("ln2", "final_norm"),
+        **_LINEAR,
+    ),
     "alf": Recipe(
         "Attentive Layer Fusion over the block outputs of all layers (arXiv 2601.09322)", head_options=_DROPOUT
     ),

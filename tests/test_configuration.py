@@ -57,6 +57,7 @@ RECIPE_BANKS = {
     "scalar-mix": (ALL, ["block"], ["cls", "mean"], "scalar_mix", 24),
     "linear-mid-last": ([6, 12], ["block"], ["cls", "mean"], "linear", 4),
     "linear-quarterly": ([3, 6, 9, 12], ["block"], ["cls", "mean"], "linear", 8),
+    "linear-all-paper": (ALL[1:], ["ln2", "final_norm"], ["cls", "mean"], "linear", 24),
     "alf-last": ([12], ["final_norm"], ["cls", "mean"], "attentive", 2),
     "alf-cls": (ALL, ["block"], ["cls"], "attentive", 12),
     "alf-mean": (ALL, ["block"], ["mean"], "attentive", 12),
@@ -123,7 +124,9 @@ ADAPTED = {
 }
 
 
-@pytest.mark.parametrize("recipe", [name for name in HEADS if name not in ("alf-paper", "alf-cls")])
+@pytest.mark.parametrize(
+    "recipe", [name for name in HEADS if name not in ("alf-paper", "linear-all-paper", "alf-cls")]
+)
 @pytest.mark.parametrize("case", ADAPTED)
 def test_recipes_adapt_to_a_backbone_without_cls_or_final_norm(recipe, case):
     config = LayerFusionConfig(backbone_config=VIT, token_layout=ADAPTED[case], recipe=recipe)

@@ -1,5 +1,7 @@
 """Opening labelled images: every form of a dataset, its columns, labels and splits."""
 
+import io
+import tarfile
 from collections import Counter
 
 import numpy as np
@@ -71,6 +73,44 @@ def test_hub_dataset(hub, tmp_path):
     splits = open_dataset("me/pictures")
     assert len(splits["train"]) == 6
     assert splits["train"].features["label"].names == CLASSES
+
+
+def add_shard(folder, seeds):
+    """One shard of a WebDataset, and the text file that the CLIP benchmark's repositories have beside their shards."""
+    folder.mkdir(parents=True)
+    with tarfile.open(folder / "0.tar", "w") as archive:
+        for seed in seeds:
+            content = io.BytesIO()
+            picture(seed % 2, seed, (12, 12)).save(content, "PNG")
+            for name, data in ((f"{seed}.png", content.getvalue()), (f"{seed}.cls", str(seed % 2).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    (folder / "nshards.txt").write_text("1")
+
+
+def test_webdataset_of_one_shard(hub, tmp_path):
+    add_shard(tmp_path / "train", range(4))
+    add_shard(tmp_path / "test", range(2))
+    hub.upload_folder(tmp_path, "me/one-shard", repo_type="dataset")
+    splits = open_dataset("me/one-shard")
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 4, "test": 2}
+    assert find_image_column(splits["train"]) == "png"
+    assert splits["train"]["cls"][:] == [0, 1, 0, 1]
+
+
+def test_texts_are_no_images(hub, tmp_path):
+    (tmp_path / "train.txt").write_text("no picture")
+    hub.upload_folder(tmp_path, "me/texts", repo_type="dataset")
+    with pytest.raises(LayerFusionError, match="'me/texts' is neither a folder nor a Hub dataset that can be opened"):
+        open_dataset("me/texts")
+
+
+def test_digits():
+    rows = open_dataset("sklearn:digits")["train"]
+    assert len(rows) == 1797
+    assert rows.features["label"].names == [str(number) for number in range(10)]
+    assert rows[0]["image"].size == (8, 8)
 
 
 def test_what_cannot_be_opened(tmp_path):

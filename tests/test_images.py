@@ -1,6 +1,7 @@
 """Pictures of every mode become the RGB pixels that transformers' pipelines see; broken ones are named."""
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -239,3 +240,8 @@ def test_resize_processor_to_its_own_size_changes_nothing():
 def test_processed_size():
     assert processed_size(CROPPING) == processed_size(RESIZING) == [224, 224]
     assert processed_size(resize_processor(CROPPING, 56)) == [56, 56]
+
+
+def test_a_processor_without_a_size():
+    with pytest.raises(LayerFusionError, match="a SimpleNamespace has no size to set: leave image_size out"):
+        resize_processor(SimpleNamespace(mean=0.5), 56)
