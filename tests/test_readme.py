@@ -57,7 +57,7 @@ def test_python_blocks_run_as_they_stand(hub, save_backbone, tmp_path, monkeypat
 
 def test_commands_parse():
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("layerfusion ")]
-    assert len(commands) == 9
+    assert len(commands) == 10
     for command in commands:
         assert callable(build_parser().parse_args(shlex.split(command)[1:]).run)
 

@@ -32,6 +32,7 @@ from sweep_helpers import (
 
 from hf_layerfusion import LayerFeatures, LayerFusionConfig, LayerFusionError, sweep
 from hf_layerfusion.bank import TokenBank
+from hf_layerfusion.heads import build_head
 from hf_layerfusion.sweeps import Setting, SweepResult
 from hf_layerfusion.sweeps import engine as engine_module
 from hf_layerfusion.sweeps import run as run_module
@@ -496,6 +497,38 @@ def test_does_not_depend_on_what_else_is_swept(features, many):
         for seed in MANY["seeds"][::-1]:
             alone |= curves_of(run(features, **{**MANY, "grid": part, "seeds": [seed], "refit": False}))
     assert alone == together
+
+
+def test_refit_from_other_seeds(features, tmp_path):
+    options = {"grid": {"learning_rate": [0.01, 0.001]}, "num_epochs": 3, "heads_at_once": 1, "progress": False}
+    chosen_by_one = sweep(features, refit_seeds=(1, 2), output_dir=tmp_path, plot=False, **options)
+    assert [trial["seed"] for trial in chosen_by_one.trials] == [0, 0]
+    assert list(chosen_by_one.heads) == [1, 2]
+    assert not (tmp_path / "sweep.png").exists()
+    best = {"grid": {"learning_rate": chosen_by_one.best.learning_rate}}
+    expected = sweep(features, seeds=(1, 2), **{**options, **best})
+    for seed in (1, 2):
+        for name, value in expected.head_state(seed).items():
+            assert torch.equal(chosen_by_one.head_state(seed)[name], value)
+    again = sweep(features, refit_seeds=(1, 2), output_dir=tmp_path, plot=False, **options)
+    assert again.protocol["identity"] == chosen_by_one.protocol["identity"]
+    with pytest.raises(LayerFusionError, match=r"seeds=\[1, 1\]: give a list of one or several different"):
+        sweep(features, refit_seeds=[1, 1], **options)
+
+
+def test_a_head_alone_reads_features(features):
+    result = sweep(features, grid={"learning_rate": 0.01}, num_epochs=2, progress=False)
+    model = result.build_model()
+    batch = features.select_bank(model.config.bank).tensors()
+    with torch.no_grad():
+        logits = model(layer_features=batch["layer_features"]).logits
+    head = build_head(result.config).eval()
+    head.load_state_dict(result.head_state())
+    with torch.no_grad():
+        expected = head(torch.nn.functional.normalize(batch["layer_features"], dim=-1))
+    torch.testing.assert_close(logits, expected)
+    with pytest.raises(LayerFusionError, match="this model holds a head only"):
+        model(torch.zeros(1, 3, 16, 16))
 
 
 def test_stacks_change_nothing_but_rounding(features):

@@ -5,6 +5,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,8 +16,11 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from task import build_task
 from textbook import CachedRows, TextbookHead, train_textbook
 
-from hf_layerfusion import AttentiveFusionHead
-from hf_layerfusion.training import build_trainer
+from hf_layerfusion import AttentiveFusionHead, ViTForAttentiveLayerFusionClassification, extract_features, sweep
+from hf_layerfusion.data import open_digits
+from hf_layerfusion.sweeps.stack import first_state
+from hf_layerfusion.training import build_trainer, class_weights
+from hf_layerfusion.training.metrics import BalancedAccuracy
 
 NUM_LABELS, BATCH_SIZE, WIDTH = 7, 12, 64
 SHAPES = {"alf": (24, 24), "all-tokens": (257, 8), "few": (2, 2)}  # tokens, heads
@@ -166,3 +170,46 @@ def test_the_textbook_loop_trains_the_head_that_trainer_trains(task, tmp_path):
         before, expected, found = (head.train()(tokens) for head in (untrained, textbook, own))
     assert (expected - before).abs().max() > 0.1 * expected.abs().max()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.slow
+def test_alf_paper_on_real_features_is_as_good_as_the_textbook(backbone_folder, tmp_path):
+    """The same features and protocol, the reference's loop against the sweep's road, three seeds."""
+    # Mixed, since the digits come by writer.
+    rows = open_digits()["train"].select(np.random.default_rng(0).permutation(1797)[:1400])
+    model = ViTForAttentiveLayerFusionClassification.from_backbone(
+        backbone_folder, recipe="alf-paper", id2label=[str(number) for number in range(10)], image_size=56
+    )
+    features = extract_features(model, rows, tmp_path, progress=False)
+    train, test = features.select_rows(range(400)), features.select_rows(range(400, 1400))
+    options = {"learning_rate": 1e-3, "weight_decay": 1e-2, "noise_std": 0.05, "noise_probability": 0.5}
+    epochs, seeds = 30, (0, 1, 2)
+    found = sweep(
+        train,
+        recipe="alf-paper",
+        grid={**options, "attention_dropout": 0.0},
+        num_epochs=epochs,
+        batch_size=80,
+        refit_seeds=seeds,
+        progress=False,
+    )
+    held_out = test.tensors()
+    weights = torch.tensor(class_weights(train.labels, 10))
+    scores = {"textbook": [], "own": []}
+    for seed in seeds:
+        textbook = TextbookHead(features.hidden_size, len(features.bank), 10)
+        textbook.load_state_dict(first_state(found.config, seed))  # what is left to chance are batches and noise
+        data = CachedRows(train.tensors()["layer_features"], torch.from_numpy(train.labels))
+        train_textbook(textbook, data, epochs=epochs, batch_size=80, class_weights=weights, seed=seed, **options)
+        tokens = held_out["layer_features"].float()
+        with torch.no_grad():
+            logits = {
+                "textbook": textbook.eval()(F.normalize(tokens, dim=-1)),
+                "own": found.build_model(seed=seed)(layer_features=tokens).logits,
+            }
+        for name, values in logits.items():
+            metric = BalancedAccuracy().compute(predictions=values.argmax(dim=-1), references=held_out["labels"])
+            scores[name].append(100 * metric["balanced_accuracy"])
+    means = {name: sum(values) / len(values) for name, values in scores.items()}
+    assert means["textbook"] > 90, scores
+    assert abs(means["own"] - means["textbook"]) <= 0.3, scores

@@ -118,7 +118,9 @@ def _kind_legend(figure: Figure, recipes: Sequence[str]) -> None:
         Line2D([], [], color=colour, marker=marker, linestyle="none", label=name)
         for name, colour, marker in dict.fromkeys(map(_kind, recipes))
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    # Two inches hold the longest name; a legend that is wider than its figure is cut off.
+    columns = max(1, min(len(handles), int(figure.get_figwidth() // 2.1)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
 
 
 def _bars(estimates: Sequence[Estimate]) -> np.ndarray:
