@@ -130,6 +130,16 @@ def test_changes_of_a_protocol_reach_the_sweep(change, expected):
     assert {name: options[name] for name in expected} == expected
 
 
+def test_heads_without_attention_may_have_a_grid_of_their_own():
+    protocol = Protocol.from_value({"base": "fast", "linear_grid": {"learning_rate": [1.0]}})
+    assert protocol.of("alf") == PROTOCOLS["fast"]
+    assert protocol.of("alf").to_dict() == PROTOCOLS["fast"].to_dict()
+    assert protocol.of("scalar-mix").sweep_options(100)["grid"] == {"learning_rate": [1.0]}
+    assert PROTOCOLS["paper"].of("linear-all") == PROTOCOLS["paper"]
+    with pytest.raises(LayerFusionError, match="'rate' is no field of a sweep's grid"):
+        Protocol.from_value({"linear_grid": {"rate": 1}})
+
+
 # ---- datasets and splits -----------------------------------------------------------------------------------------
 
 

@@ -13,10 +13,14 @@ from ..backbones import open_backbone
 from ..configuration_layer_fusion import LayerFusionConfig
 from ..errors import LayerFusionError
 from ..heads import build_parts
+from ..images import processed_size
 from ..layout import BLOCK_MODULES, TokenLayout
 from ..probe import describe_backbone
 from ..recipes import RECIPES
 from .options import add_layout_options, number
+
+# All tokens of four layers are a thousand lines.
+_SHOWN_TOKENS = 100
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +55,11 @@ def _describe_head(config: LayerFusionConfig) -> None:
         f"{', ...' if config.num_labels > 10 else ''})"
     )
     print(f"tokens: {len(config.token_names)} of width {config.hidden_size}")
-    for name in config.token_names:
+    names = config.token_names
+    for name in names[:_SHOWN_TOKENS]:
         print(f"  {name}")
+    if len(names) > _SHOWN_TOKENS:
+        print(f"  and {len(names) - _SHOWN_TOKENS} more, the last: {names[-1]}")
 
 
 def _describe_backbone(arguments: argparse.Namespace) -> None:
@@ -65,13 +72,15 @@ def _describe_backbone(arguments: argparse.Namespace) -> None:
     for line in _layout_lines(layout):
         print(line)
     print(f"\n{'recipe':<22}{'tokens':>7}{'width':>7}{'head parameters':>17}{'cache bytes/image':>19}")
-    for name in RECIPES:
+    image_size = None if backbone.image_processor is None else processed_size(backbone.image_processor)
+    for name in (name for name, recipe in RECIPES.items() if recipe.kind == "head"):
         try:
             config = LayerFusionConfig(
                 recipe=name,
                 id2label={label: str(label) for label in range(arguments.num_labels)},
                 backbone_config=backbone.model.config,
                 token_layout=layout.to_dict(),
+                image_size=image_size,
             )
         except LayerFusionError as error:
             print(f"{name:<22}not here: {error}")

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ..errors import LayerFusionError
+from ..recipes import find_recipe
 from ..sweeps import expand_grid
 from ..sweeps.run import STRATEGIES
 from ..training.run import MAX_BATCH_SIZE, MIN_EPOCHS, MIN_STEPS, default_batch_size
@@ -23,6 +24,7 @@ class Protocol:
     Attributes:
         name: of the protocol that this is, or is based on.
         grid: of settings to choose from.
+        linear_grid: of settings for heads without attention, which learn best at larger rates; `None` for `grid`.
         strategy: how the grid is searched.
         validation_size: share of the training rows that the choice is made on.
         min_epochs: epochs, unless `min_steps` asks for more.
@@ -36,6 +38,7 @@ class Protocol:
 
     name: str
     grid: Any
+    linear_grid: Any = None
     strategy: str = "merged"
     validation_size: float = 0.2
     min_epochs: int = MIN_EPOCHS
@@ -62,7 +65,9 @@ class Protocol:
             )
         if self.noise_std is not None and (not isinstance(self.noise_std, int | float) or self.noise_std < 0):
             raise LayerFusionError(f"protocol: noise_std={self.noise_std!r} must be 0 or a positive number")
-        expand_grid(self.grid)  # says what is wrong with it
+        for grid in (self.grid, self.linear_grid):
+            if grid is not None:
+                expand_grid(grid)  # says what is wrong with it
 
     @classmethod
     def from_value(cls, value: Any) -> Protocol:
@@ -84,7 +89,13 @@ class Protocol:
         return replace(PROTOCOLS[base], **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "linear_grid" or value is not None}
+
+    def of(self, recipe: str) -> Protocol:
+        """What of the protocol concerns a recipe: one grid."""
+        is_attentive = find_recipe(recipe).head_type == "attentive"
+        grid = self.grid if is_attentive or self.linear_grid is None else self.linear_grid
+        return replace(self, grid=grid, linear_grid=None)
 
     def sweep_options(self, num_rows: int) -> dict[str, Any]:
         """What `sweep` is called with for a number of training rows, besides the recipe."""

@@ -225,7 +225,7 @@ class _Part:
             "images": self.data.images._fingerprint,
             "rows": digest.hexdigest(),
             "recipe": recipe,
-            "protocol": self.config.protocol.to_dict(),
+            "protocol": self.config.protocol.of(recipe).to_dict(),
             "selection_seeds": self.config.seeds[: self.config.protocol.selection_seeds],
             "seed": seed,
             "cache_dtype": self.compute.cache_dtype,
@@ -261,7 +261,7 @@ class _Part:
             seeds=tuple(seeds),
             selection_seeds=tuple(self.config.seeds[: self.config.protocol.selection_seeds]),
             identities=identities,
-            protocol=self.config.protocol,
+            protocol=self.config.protocol.of(recipe),
             device=self.compute.device,
         )
 
