@@ -130,14 +130,28 @@ def test_changes_of_a_protocol_reach_the_sweep(change, expected):
     assert {name: options[name] for name in expected} == expected
 
 
-def test_heads_without_attention_may_have_a_grid_of_their_own():
-    protocol = Protocol.from_value({"base": "fast", "linear_grid": {"learning_rate": [1.0]}})
+def test_heads_without_attention_may_have_a_protocol_of_their_own():
+    protocol = Protocol.from_value({"base": "fast", "linear": {"grid": {"learning_rate": [1.0]}, "min_epochs": 77}})
     assert protocol.of("alf") == PROTOCOLS["fast"]
     assert protocol.of("alf").to_dict() == PROTOCOLS["fast"].to_dict()
-    assert protocol.of("scalar-mix").sweep_options(100)["grid"] == {"learning_rate": [1.0]}
+    options = protocol.of("scalar-mix").sweep_options(100)
+    assert (options["grid"], options["num_epochs"]) == ({"learning_rate": [1.0]}, 80)
     assert PROTOCOLS["paper"].of("linear-all") == PROTOCOLS["paper"]
-    with pytest.raises(LayerFusionError, match="'rate' is no field of a sweep's grid"):
-        Protocol.from_value({"linear_grid": {"rate": 1}})
+
+
+@pytest.mark.parametrize(
+    ("linear", "message"),
+    [
+        ({"grid": {"rate": 1}}, "'rate' is no field of a sweep's grid"),
+        ({"steps": 1}, "protocol: linear: 'steps' is no field: choose from grid, strategy"),
+        ({"linear": {}}, "protocol: linear: 'linear' is no field"),
+        ([1], "protocol: linear: [1] is no field"),
+        ({"min_steps": 0}, "min_steps=0 must be a whole number"),
+    ],
+)
+def test_what_heads_without_attention_cannot_have(linear, message):
+    with pytest.raises(LayerFusionError, match=re.escape(message)):
+        Protocol.from_value({"base": "fast", "linear": linear})
 
 
 # ---- datasets and splits -----------------------------------------------------------------------------------------

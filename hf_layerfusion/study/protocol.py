@@ -24,7 +24,6 @@ class Protocol:
     Attributes:
         name: of the protocol that this is, or is based on.
         grid: of settings to choose from.
-        linear_grid: of settings for heads without attention, which learn best at larger rates; `None` for `grid`.
         strategy: how the grid is searched.
         validation_size: share of the training rows that the choice is made on.
         min_epochs: epochs, unless `min_steps` asks for more.
@@ -34,11 +33,11 @@ class Protocol:
         shots: training images per class, drawn anew for each split; `None` for all.
         selection_seeds: how many of the study's seeds the grid is searched with; all of them train the chosen setting.
         metric: to choose by.
+        linear: fields with other values for heads without attention, which are cheap, and learn best at larger rates.
     """
 
     name: str
     grid: Any
-    linear_grid: Any = None
     strategy: str = "merged"
     validation_size: float = 0.2
     min_epochs: int = MIN_EPOCHS
@@ -48,6 +47,7 @@ class Protocol:
     shots: int | None = None
     selection_seeds: int = 1
     metric: str = "balanced_accuracy"
+    linear: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("min_epochs", "min_steps", "max_batch_size", "selection_seeds"):
@@ -65,9 +65,13 @@ class Protocol:
             )
         if self.noise_std is not None and (not isinstance(self.noise_std, int | float) or self.noise_std < 0):
             raise LayerFusionError(f"protocol: noise_std={self.noise_std!r} must be 0 or a positive number")
-        for grid in (self.grid, self.linear_grid):
-            if grid is not None:
-                expand_grid(grid)  # says what is wrong with it
+        expand_grid(self.grid)  # says what is wrong with it
+        if self.linear is not None:
+            known = [field.name for field in fields(self) if field.name not in ("name", "linear")]
+            if not isinstance(self.linear, Mapping) or (unknown := sorted(map(str, self.linear.keys() - set(known)))):
+                found = repr(unknown[0]) if isinstance(self.linear, Mapping) else f"{self.linear!r}"
+                raise LayerFusionError(f"protocol: linear: {found} is no field: choose from {', '.join(known)}")
+            replace(self, **self.linear, linear=None)
 
     @classmethod
     def from_value(cls, value: Any) -> Protocol:
@@ -89,13 +93,12 @@ class Protocol:
         return replace(PROTOCOLS[base], **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "linear_grid" or value is not None}
+        return {name: value for name, value in asdict(self).items() if name != "linear" or value is not None}
 
     def of(self, recipe: str) -> Protocol:
-        """What of the protocol concerns a recipe: one grid."""
-        is_attentive = find_recipe(recipe).head_type == "attentive"
-        grid = self.grid if is_attentive or self.linear_grid is None else self.linear_grid
-        return replace(self, grid=grid, linear_grid=None)
+        """What of the protocol concerns a recipe."""
+        changes = {} if find_recipe(recipe).head_type == "attentive" else dict(self.linear or {})
+        return replace(self, **changes, linear=None)
 
     def sweep_options(self, num_rows: int) -> dict[str, Any]:
         """What `sweep` is called with for a number of training rows, besides the recipe."""
