@@ -9,21 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ..errors import LayerFusionError
 from .attention import AttentionSummary
+from .style import BLACK, BLUE, GREEN, GREY, LIGHT_GREY, MARKERS, ORANGE, PURPLE, SKY_BLUE, VERMILION, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from ..sweeps import SweepResult
 
 MIN_COLOUR_RANGE = 1e-3
 
-# Colours that are told apart by everyone (Okabe and Ito); the chosen setting's is used for nothing else.
-_CHOSEN_COLOUR = "#D55E00"
-_LINE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# The chosen setting's colour is used for nothing else.
+_CHOSEN_COLOUR = VERMILION
+_LINE_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY_BLUE, BLACK)
 _LINE_STYLES = ("-", "--", ":", "-.")
 _SHORT_NAMES = {
     "learning_rate": "lr",
@@ -38,17 +36,6 @@ _SHORT_NAMES = {
 _MOST_PANELS, _MOST_ROWS, _MOST_TICKS = 4, 30, 7
 
 
-def _new_figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise LayerFusionError("figures need matplotlib: pip install 'hf-layerfusion[plots]'") from error
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def plot_attention(summary: AttentionSummary, path: str | Path, title: str = "Layer attention") -> None:
     """Write a heatmap (heads x tokens) of mean and spread, below the weight of each token, as PNG.
 
@@ -59,13 +46,13 @@ def plot_attention(summary: AttentionSummary, path: str | Path, title: str = "La
     shows_heads = num_heads > 1
     width = max(7.0, 0.34 * num_tokens + 2.2)
     panel = max(1.6, 0.16 * num_heads)
-    figure = _new_figure(width, 2.6 + (2 * panel if shows_heads else 0) + 2.0)
+    figure = new_figure(width, 2.6 + (2 * panel if shows_heads else 0) + 2.0)
     ratios = [2.0, panel, panel] if shows_heads else [2.0]
     rows = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
     positions = range(num_tokens)
     spread = None if shows_heads else summary.std[0].tolist()
-    rows[0].bar(positions, summary.token_weights.tolist(), yerr=spread, color="#0072B2", width=0.8)
-    rows[0].axhline(1 / num_tokens, color="#555555", linestyle="--", linewidth=1)
+    rows[0].bar(positions, summary.token_weights.tolist(), yerr=spread, color=BLUE, width=0.8)
+    rows[0].axhline(1 / num_tokens, color=GREY, linestyle="--", linewidth=1)
     uniform = rows[0].annotate(  # beside the axes, where no bar can hide it
         "uniform",
         (1, 1 / num_tokens),
@@ -116,8 +103,7 @@ def plot_sweep(result: SweepResult, path: str | Path | BinaryIO) -> None:
     if not panels:
         height = max(4.6, 1.8 + 0.26 * min(len(rows), _MOST_ROWS))
         width += 0.07 * max(0, len(_chosen_name(result)) - 25)
-    figure = _new_figure(width, height)
-    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.06)
+    figure = new_figure(width, height)
     layout = figure.add_gridspec(down, 1 + along)
     curves = figure.add_subplot(layout[:, 0])
     _draw_curves(curves, result)
@@ -191,7 +177,7 @@ def _draw_curves(axis: Axes, result: SweepResult) -> None:
         is_best = curve["setting"] == best
         look: dict[str, Any] = {"color": _CHOSEN_COLOUR, "linewidth": 2.0, "alpha": 1.0}
         if not is_best:
-            look = {"color": "#888888", "linewidth": 0.8, "alpha": 0.4}
+            look = {"color": LIGHT_GREY, "linewidth": 0.8, "alpha": 0.4}
         axis.plot(curve["epochs"], curve["scores"], **look, **style)
     axis.set_xlabel("epoch")
     axis.set_ylabel(f"{result.score_name} (validation)")
@@ -210,7 +196,7 @@ def _limit(axis: Axes, values: Sequence[float]) -> None:
         lowest = max(finite[0] - 0.05 * span, best - span)
         axis.set_ylim(lowest, best + 0.05 * span)
         if finite[0] < lowest:
-            axis.text(0.02, 0.02, "lower scores are cut off", transform=axis.transAxes, fontsize=8, color="#555555")
+            axis.text(0.02, 0.02, "lower scores are cut off", transform=axis.transAxes, fontsize=8, color=GREY)
 
 
 def _draw_scores(axis: Axes, result: SweepResult, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -237,7 +223,7 @@ def _draw_scores(axis: Axes, result: SweepResult, rows: Sequence[Mapping[str, An
         bars = None if all(map(math.isnan, stds)) else [0.0 if math.isnan(std) else std for std in stds]
         style = _LINE_STYLES[number % len(_LINE_STYLES)]
         axis.errorbar(x, means, bars, color=colour, linestyle=style, linewidth=1.2, elinewidth=0.8, capsize=2)
-        marker: dict[str, Any] = {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 5, "color": colour}
+        marker: dict[str, Any] = {"marker": MARKERS[number % len(MARKERS)], "markersize": 5, "color": colour}
         for is_own, fill in ((True, colour), (False, "white")):
             own = [(row["trained_as"] == row["setting"]) == is_own for row in members]
             points = [list(itertools.compress(values, own)) for values in (x, means)]
@@ -300,12 +286,12 @@ def _legend(result: SweepResult, rows: Sequence[Mapping[str, Any]]) -> list:
     dropouts = _values(result, "attention_dropout")
     for number, dropout in enumerate(dropouts):
         if len(dropouts) > 1:
-            look: dict[str, Any] = {"marker": _MARKERS[number % len(_MARKERS)], "color": "#555555"}
+            look: dict[str, Any] = {"marker": MARKERS[number % len(MARKERS)], "color": GREY}
             look["linestyle"] = _LINE_STYLES[number % len(_LINE_STYLES)]
             handles.append(Line2D([], [], label=f"attention dropout {dropout:.3g}", **look))
     if any(row["trained_as"] != row["setting"] for row in rows):
         hollow: dict[str, Any] = {"marker": "o", "markerfacecolor": "white", "linestyle": "none"}
-        handles.append(Line2D([], [], color="#555555", label="same run as a stronger decay", **hollow))
+        handles.append(Line2D([], [], color=GREY, label="same run as a stronger decay", **hollow))
     return [*handles, Line2D([], [], label="chosen", **_RING | {"markersize": 10})]
 
 

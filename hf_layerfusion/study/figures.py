@@ -1,7 +1,7 @@
 """The figures of a study's report. They need the extra `hf-layerfusion[plots]`.
 
 All are at most ten inches wide, so that a page shows them without shrinking the letters away; what does not fit beside
-each other goes below each other. Colours are those of Okabe and Ito, and no colour is the only sign of anything.
+each other goes below each other. No colour is the only sign of anything.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..analysis.style import BLACK, BLUE, GREEN, GREY, MARKERS, VERMILION, new_figure
 from ..bank import TokenCoordinate
 from ..errors import LayerFusionError
 
@@ -29,13 +30,12 @@ if TYPE_CHECKING:
 
 _WIDTH = 10.0
 _SMALL, _LONGEST_NAME = 8, 30
-_GREY = "#555555"
 # By what a recipe's name begins with: what it is, colour, marker.
 _KINDS = {
-    "linear": ("linear", "#0072B2", "o"),
-    "alf": ("attentive over layers", "#D55E00", "s"),
-    "aat": ("attentive over all tokens", "#009E73", "^"),
-    "": ("other", "#000000", "D"),
+    "linear": ("linear", BLUE, MARKERS[0]),
+    "alf": ("attentive over layers", VERMILION, MARKERS[1]),
+    "aat": ("attentive over all tokens", GREEN, MARKERS[2]),
+    "": ("other", BLACK, MARKERS[3]),
 }
 # The recipes of the lines of `plot_layer_counts`, from the fewest layers to all.
 LAYER_COUNT_LINES = {
@@ -53,27 +53,6 @@ def label(name: str, longest: int = _LONGEST_NAME) -> str:
         half = (longest - 1) // 2
         name = f"{name[: longest - 1 - half]}…{name[-half:]}"
     return name.replace("$", r"\$")
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is installed."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def _new_figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise LayerFusionError("figures need matplotlib: pip install 'hf-layerfusion[plots]'") from error
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06)
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _title(figure: Figure, *lines: str) -> None:
@@ -99,7 +78,7 @@ def _panels(
     """A grid of `count` axes of about that height each, in inches."""
     columns = min(count, most_columns)
     rows = math.ceil(count / columns)
-    figure = _new_figure(min(_WIDTH, 2.0 + narrow * columns), extra + rows * height)
+    figure = new_figure(min(_WIDTH, 2.0 + narrow * columns), extra + rows * height)
     grid = figure.subplots(rows, columns, squeeze=False, **options)
     axes = list(grid.flat)
     for axis in axes[count:]:
@@ -156,7 +135,7 @@ def plot_by_dataset(
                 style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4, "elinewidth": 1.2}
                 axis.errorbar(100 * point[0].value, place, xerr=_bars(point), linestyle="none", **style)
         if quantity.startswith("gain"):
-            axis.axvline(0, color=_GREY, linewidth=1, linestyle="--", zorder=0)
+            axis.axvline(0, color=GREY, linewidth=1, linestyle="--", zorder=0)
         axis.set_title(textwrap.fill(label(dataset, 40), 22), fontsize=9)
         axis.set_yticks(range(len(recipes)), [label(recipe) for recipe in recipes], fontsize=_SMALL)
         axis.tick_params(axis="x", labelsize=_SMALL)
@@ -202,7 +181,7 @@ def plot_layer_counts(panels: Mapping[str, Mapping[str, Estimate]], path: Path, 
             style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.4}
             axis.errorbar(places, [100 * e.value for e in estimates], _bars(estimates), capsize=2, **style)
         if quantity.startswith("gain"):
-            axis.axhline(0, color=_GREY, linewidth=1, linestyle="--", zorder=0)
+            axis.axhline(0, color=GREY, linewidth=1, linestyle="--", zorder=0)
         axis.set_title(textwrap.fill(label(dataset, 40), 22), fontsize=9)
         axis.set_xticks(range(len(_LAYER_COUNTS)), _LAYER_COUNTS, fontsize=7)
         axis.set_xlim(-0.4, len(_LAYER_COUNTS) - 0.6)
@@ -250,12 +229,12 @@ def plot_attention_heads(runs: Sequence[Run], path: Path, *, title: str) -> None
     num_heads, num_tokens = first.shape
     panel = min(5.0, max(1.2, 0.16 * num_heads))
     with_heads = num_heads > 1
-    figure = _new_figure(_WIDTH, 3.4 + (panel if with_heads else 0))
+    figure = new_figure(_WIDTH, 3.4 + (panel if with_heads else 0))
     ratios = [1.6, panel] if with_heads else [1.6]
     rows = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
     spread = 100 * np.std(weights, axis=0, ddof=1) if len(runs) > 1 else None
-    rows[0].bar(range(num_tokens), 100 * weights.mean(axis=0), yerr=spread, color="#0072B2", width=0.8)
-    rows[0].axhline(100 / num_tokens, color=_GREY, linestyle="--", linewidth=1)
+    rows[0].bar(range(num_tokens), 100 * weights.mean(axis=0), yerr=spread, color=BLUE, width=0.8)
+    rows[0].axhline(100 / num_tokens, color=GREY, linestyle="--", linewidth=1)
     runs_said = f"{len(runs)} runs, ± their standard deviation" if len(runs) > 1 else "1 run"
     rows[0].set_title(f"mean over heads ({runs_said}; dashed: uniform)", fontsize=9, loc="left")
     rows[0].set_ylabel("weight (%)", fontsize=9)
@@ -318,7 +297,7 @@ def plot_attention_by_layer(masses: Mapping[str, Mapping[int, float]], path: Pat
     depth = {name: sum(layer * share for layer, share in found.items()) for name, found in masses.items()}
     order = sorted(masses, key=lambda name: (depth[name], name))
     values = 100 * np.array([[masses[name].get(layer, 0.0) for layer in layers] for name in order])
-    figure = _new_figure(min(_WIDTH, 3.6 + 0.48 * len(layers)), 1.9 + 0.27 * len(order))
+    figure = new_figure(min(_WIDTH, 3.6 + 0.48 * len(layers)), 1.9 + 0.27 * len(order))
     axis = figure.subplots()
     image = axis.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=max(0.1, values.max()))
     _write_values(axis, values, image, digits=0, fits=len(layers) <= 16)
@@ -354,20 +333,20 @@ def plot_taps(panels: Mapping[str, Mapping[tuple[str, int], float]], path: Path,
     Raises:
         LayerFusionError: if matplotlib is not installed.
     """
-    from matplotlib.patches import Rectangle
-
     rows = list(dict.fromkeys(row for found in panels.values() for row, _ in found))
     layers = sorted({layer for found in panels.values() for _, layer in found})
     # A panel is as wide as its cells need for their numbers.
     most_columns = 2 if len(layers) <= 13 else 1
     figure, axes = _panels(len(panels), most_columns, 1.0 + 0.2 * len(rows), extra=0.7, narrow=4.0, sharey=True)
+    from matplotlib.patches import Rectangle
+
     for axis, (dataset, found) in zip(axes, panels.items(), strict=True):
         values = np.array([[100 * found.get((row, layer), math.nan) for layer in layers] for row in rows])
         image = axis.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest")
         _write_values(axis, values, image, digits=1, fits=len(layers) <= 26)
         if np.isfinite(values).any():
             row, column = divmod(int(np.nanargmax(values)), len(layers))
-            frame: dict[str, Any] = {"fill": False, "edgecolor": "#D55E00", "linewidth": 2.2, "zorder": 3}
+            frame: dict[str, Any] = {"fill": False, "edgecolor": VERMILION, "linewidth": 2.2, "zorder": 3}
             axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **frame))
         axis.set_title(label(dataset, 40), fontsize=9)
         axis.set_xticks(range(len(layers)), map(str, layers), fontsize=_SMALL)
@@ -435,14 +414,16 @@ def plot_depth(points: Mapping[str, tuple[float, Estimate]], path: Path, *, titl
     Raises:
         LayerFusionError: if matplotlib is not installed.
     """
-    figure = _new_figure(8.0, 5.6)
+    figure = new_figure(8.0, 5.6)
     axis = figure.subplots()
     x = [depth for depth, _ in points.values()]
     estimates = [estimate for _, estimate in points.values()]
     y = [100 * estimate.value for estimate in estimates]
-    axis.errorbar(x, y, _bars(estimates), linestyle="none", color="#D55E00", marker="s", markersize=5, elinewidth=0.8)
+    axis.errorbar(
+        x, y, _bars(estimates), linestyle="none", color=VERMILION, marker=MARKERS[1], markersize=5, elinewidth=0.8
+    )
     if quantity.startswith("gain"):
-        axis.axhline(0, color=_GREY, linewidth=1, linestyle="--", zorder=0)
+        axis.axhline(0, color=GREY, linewidth=1, linestyle="--", zorder=0)
     axis.margins(x=0.15, y=0.1)
     axis.set_xlabel("expected depth of the attention (1 is the last layer)", fontsize=9)
     axis.set_ylabel(quantity, fontsize=9)
@@ -487,4 +468,4 @@ def _name_points(figure: Figure, axis: Axes, points: Sequence[tuple[str, float, 
         if distance > 6:
             middle = ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)
             ends = [axis.transData.inverted().transform(place) for place in (dot, middle)]
-            axis.plot(*zip(*ends, strict=True), color=_GREY, linewidth=0.5, zorder=0, scalex=False, scaley=False)
+            axis.plot(*zip(*ends, strict=True), color=GREY, linewidth=0.5, zorder=0, scalex=False, scaley=False)
