@@ -26,6 +26,8 @@ SPLIT_NAMES = {
 _WEBDATASET_SHARDS = {"train": "train/*.tar", "test": "test/*.tar"}
 # What tells a saved dataset from a folder of images.
 _SAVED_DATASET_FILES = ("dataset_dict.json", "state.json")
+# Larger ones are numbers of something else, and their head would fill the memory.
+_MOST_LABELS = 1_000_000
 # Paths and encoded images, which `datasets` casts to images.
 _IMAGE_DTYPES = ("string", "large_string", "binary", "large_binary")
 
@@ -177,6 +179,11 @@ def label_options(dataset: Dataset, label_column: str) -> dict[str, Any]:
     if not labels or None in labels:
         raise LayerFusionError(f"the training rows have no label or lack some in {label_column!r}")
     if _holds_indices(feature):
+        if max(labels) >= _MOST_LABELS:
+            raise LayerFusionError(
+                f"labels in {label_column!r} reach {max(labels)}, which are no class indices: number the classes from 0 "
+                "(dataset.class_encode_column)"
+            )
         return {"num_labels": int(max(labels)) + 1, "problem_type": "single_label_classification"}
     if isinstance(feature, Value) and feature.dtype.startswith("float"):
         return {"num_labels": 1, "problem_type": "regression"}

@@ -98,23 +98,30 @@ def resize_processor(processor: Any, image_size: int) -> Any:
     Where it resizes and then crops, both change by the same factor.
 
     Raises:
-        LayerFusionError: for a processor without a size, such as timm's.
+        LayerFusionError: for a processor without a size, such as timm's, and one that does not give what was asked for.
     """
-    if not hasattr(processor, "size"):
-        raise LayerFusionError(
-            f"a {type(processor).__name__} has no size to set: leave image_size out, or pass another image_processor="
-        )
+    name = type(processor).__name__
+    cure = "leave image_size out, or pass another image_processor="
+    if getattr(processor, "size", None) is None:
+        raise LayerFusionError(f"a {name} has no size to set: {cure}")
     resized = deepcopy(processor)
     crop = getattr(processor, "crop_size", None)
     old = dict(processor.size)
+    candidates: list[dict[str, int]] = [{"height": image_size, "width": image_size}, {"shortest_edge": image_size}]
     if getattr(processor, "do_center_crop", False) and crop:
         factor = image_size / dict(crop)["height"]
         resized.crop_size = type(crop)(height=image_size, width=image_size)
-        new = {key: round(value * factor) for key, value in old.items() if isinstance(value, int)}
-    else:
-        new = {"height": image_size, "width": image_size}
-    resized.size = type(processor.size)(**new)
-    return resized
+        candidates = [{key: round(value * factor) for key, value in old.items() if isinstance(value, int)}]
+    # Processors read their size in ways of their own, so the outcome decides.
+    wide = Image.new("RGB", (128, 64))
+    for size in candidates:
+        resized.size = type(processor.size)(**size)
+        try:
+            if process_image(resized, wide)["pixel_values"].shape[1:] == (image_size, image_size):
+                return resized
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+            continue
+    raise LayerFusionError(f"a {name} cannot be made to give {image_size} x {image_size} pixels: {cure}")
 
 
 def processed_size(processor: Any) -> list[int] | None:

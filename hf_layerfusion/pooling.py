@@ -47,7 +47,7 @@ def pool_activation(
         raise LayerFusionError(
             f"the bank has {len(wanted)} patches of {module!r} at layer {layer}, but these images give {patches.shape[1]}"
             f"{' in all, some of which are padding' if patch_mask is not None else ''}: all tokens need images of the one "
-            "size that the head was built for (image_size=)"
+            "size that the head was built for (image_size=), and one that the backbone's strides divide"
         )
     pooled = []
     for pool in pools:

@@ -206,11 +206,17 @@ def expand_recipes(names: Sequence[str], layout: TokenLayout) -> list[str]:
         ]
         if len(choices) < len(places):
             raise LayerFusionError(f"recipe {name!r} is unknown: families are {', '.join(FAMILIES)}")
+        before = len(expanded)
         for layer in choices[0]:
             for module in choices[1] if len(choices) > 1 else [None]:
                 if module is None:
                     expanded.append(f"{family}:{layer}")
                 elif places[1] != "*" or (layer.isdigit() and layout.width(int(layer), module)):
                     expanded.append(f"{family}:{layer}:{module}")
+        if len(expanded) == before:
+            raise LayerFusionError(
+                f"recipe {name!r} finds none of its tokens: this backbone has layers 1 to {layout.num_layers} and the "
+                f"modules {', '.join(modules)}"
+            )
         find_recipe(expanded[-1])
     return list(dict.fromkeys(expanded))

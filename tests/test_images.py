@@ -9,10 +9,18 @@ from picture_helpers import picture
 from PIL import Image
 from transformers.image_utils import load_image
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_layerfusion import LayerFusionError
-from hf_layerfusion.images import check_image, decode_image, find_images, processed_size, resize_processor
+from hf_layerfusion.images import (
+    check_image,
+    decode_image,
+    find_images,
+    process_image,
+    processed_size,
+    resize_processor,
+)
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (12, 9, 3), dtype=np.uint8)
 GREY = COLOUR[..., 0]
@@ -240,6 +248,18 @@ def test_resize_processor_to_its_own_size_changes_nothing():
 def test_processed_size():
     assert processed_size(CROPPING) == processed_size(RESIZING) == [224, 224]
     assert processed_size(resize_processor(CROPPING, 56)) == [56, 56]
+
+
+def test_image_size_of_a_processor_that_reads_its_size_otherwise():
+    processor = resize_processor(ConvNextImageProcessorPil(), 96)
+    for size in ((64, 64), (120, 60)):
+        assert process_image(processor, Image.new("RGB", size))["pixel_values"].shape == (3, 96, 96)
+
+
+def test_a_processor_that_keeps_its_own_size():
+    processor = SimpleNamespace(size={"height": 8, "width": 8})
+    with pytest.raises(LayerFusionError, match="a SimpleNamespace cannot be made to give 16 x 16 pixels"):
+        resize_processor(processor, 16)
 
 
 def test_a_processor_without_a_size():

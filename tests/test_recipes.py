@@ -92,6 +92,13 @@ def test_stars_leave_out_what_a_backbone_lacks():
     ]
 
 
+def test_stars_of_a_layer_that_is_not_there():
+    with pytest.raises(
+        LayerFusionError, match=r"'module-probe:99:\*' finds none of its tokens: this backbone has layers 1 to 12"
+    ):
+        expand_recipes(["module-probe:99:*"], PLAIN)
+
+
 @pytest.mark.parametrize("name", ["alf-heads:*", "aat-heads:*"])
 def test_numbers_of_heads_are_named(name):
     with pytest.raises(LayerFusionError, match="name the numbers of heads, such as a"):
@@ -204,7 +211,7 @@ def test_a_saved_head_knows_its_image_size(tmp_path):
         torch.testing.assert_close(loaded(pixels).logits, model(pixels).logits)
 
 
-@pytest.mark.parametrize("image_size", [0, -8, 2.5, "32", [32, 32]])
+@pytest.mark.parametrize("image_size", [0, -8, 2.5, "32", [32, 32], True])
 def test_bad_image_sizes(image_size):
     with pytest.raises(LayerFusionError, match="give a number of pixels"):
         build(image_size=image_size)

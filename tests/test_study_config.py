@@ -63,6 +63,11 @@ def test_ready_made_configs_load(path):
         ({"protocol": {"base": "paper", "epochs": 3}}, "protocol: 'epochs' is no field: choose from base, grid"),
         ({"protocol": {"min_steps": 0}}, "protocol: min_steps=0 must be a whole number from 1 up"),
         ({"protocol": {"shots": 1}}, "shots=1 must be 2 or more"),
+        ({"protocol": {"grid": {"recipe": "alf"}}}, "the grid of a study cannot hold 'recipe': recipes name that"),
+        ({"protocol": {"grid": [{"num_heads": [2]}]}}, "the grid of a study cannot hold 'num_heads'"),
+        ({"protocol": {"metric": "f1"}}, "metric='f1' is unknown: choose from balanced_accuracy"),
+        ({"protocol": {"noise_std": float("nan")}}, "noise_std=nan must be 0 or a positive number"),
+        ({"name": "a" * 61}, "is no name"),
         ({"protocol": {"grid": "huge"}}, "grid 'huge' is neither paper nor fast nor a file"),
         ({"protocol": {"strategy": "best"}}, "strategy='best' is unknown"),
         ({"protocol": {"validation_size": 1}}, "validation_size=1 is no share"),
@@ -241,7 +246,7 @@ def test_a_missing_test_split_is_drawn(tmp_path):
         ({"test_split": "held out"}, "dataset 'a' has no split 'held out', only"),
         (
             {"group_column": "flock"},
-            "dataset 'a' has no group_column 'flock': its columns are ['image', 'label', 'herd']",
+            "dataset 'a' has no group_column 'flock' in split 'train': its columns are ['image', 'label', 'herd']",
         ),
         ({"label_column": "kind"}, "label_column='kind' is not in the dataset"),
         ({"max_train_rows": 2}, "2 of 36 rows cannot be drawn by class"),
@@ -251,6 +256,39 @@ def test_datasets_that_do_not_fit(tmp_path, options, message):
     folder = save(tmp_path / "a", TRAIN, TEST)
     with pytest.raises(LayerFusionError, match=re.escape(message)):
         open_study_data(DatasetEntry(folder, "a", **options))
+
+
+def test_own_splits_that_share_groups_are_refused(tmp_path):
+    folder = save(tmp_path / "a", TRAIN, TEST, [row % 10 for row in range(48)])
+    data = open_study_data(DatasetEntry(folder, "a", group_column="herd"))
+    with pytest.raises(LayerFusionError, match="10 groups have rows in the training and in the test split"):
+        make_split(data, 0, own=True, shots=None)
+
+
+def test_groups_with_gaps_are_refused(tmp_path):
+    rows = DatasetDict.load_from_disk(save(tmp_path / "a", TRAIN, TEST))
+    gaps = rows.map(lambda row, number: {"herd": None if number == 5 else row["herd"]}, with_indices=True)
+    gaps.save_to_disk(str(tmp_path / "b"))
+    with pytest.raises(LayerFusionError, match="dataset 'b' has rows without a 'herd': fill them in"):
+        open_study_data(DatasetEntry(str(tmp_path / "b"), "b", group_column="herd"))
+
+
+def test_splits_of_different_kinds_and_one_class(tmp_path):
+    rows = DatasetDict.load_from_disk(save(tmp_path / "a", TRAIN, TEST))
+    DatasetDict({"train": rows["train"], "test": rows["test"].cast_column("label", Value("int64"))}).save_to_disk(
+        str(tmp_path / "b")
+    )
+    with pytest.raises(LayerFusionError, match="training and the test split have columns of different kinds"):
+        open_study_data(DatasetEntry(str(tmp_path / "b"), "b"))
+    with pytest.raises(LayerFusionError, match="all rows have one class"):
+        open_study_data(DatasetEntry(save(tmp_path / "c", [1] * 20, [1] * 10), "c"))
+
+
+def test_numbers_that_are_no_class_indices(tmp_path):
+    rows = DatasetDict.load_from_disk(save(tmp_path / "a", TRAIN, TEST)).cast_column("label", Value("int64"))
+    rows.map(lambda row: {"label": 10**9 + row["label"]}).save_to_disk(str(tmp_path / "b"))
+    with pytest.raises(LayerFusionError, match="labels in 'label' reach 1000000002, which are no class indices"):
+        open_study_data(DatasetEntry(str(tmp_path / "b"), "b"))
 
 
 def test_groups_need_a_test_split(tmp_path):

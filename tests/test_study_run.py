@@ -8,9 +8,11 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
+from datasets import DatasetDict, Image, load_from_disk
 
 from hf_layerfusion import RECIPES, LayerFusionError, TokenBank
 from hf_layerfusion.cli.main import main
@@ -108,15 +110,11 @@ def test_runs_say_what_they_are(backbone, tmp_path):
 
 def test_selection_and_training_never_see_test_rows(backbone, tmp_path):
     """Labels of test rows are changed: choices and predictions stay."""
-    from datasets import load_from_disk
-
     from hf_layerfusion.data import open_digits
 
     rows = open_digits()["train"].select(range(100))
     kinds = {}
     for name, labels in (("right", rows["label"][60:]), ("wrong", [(label + 1) % 10 for label in rows["label"][60:]])):
-        from datasets import DatasetDict
-
         test = rows.select(range(60, 100)).remove_columns("label").add_column("label", labels)
         splits = DatasetDict({"train": rows.select(range(60)), "test": test.cast(rows.features)})
         splits.save_to_disk(str(tmp_path / name))
@@ -203,6 +201,108 @@ def test_a_run_that_fails_does_not_stop_the_others(backbone, tmp_path, monkeypat
     assert (tmp_path / "report" / "report.md").is_file()
     monkeypatch.undo()
     assert len(run(content, tmp_path).runs) == 2
+
+
+def test_overwriting_leaves_no_runs_of_before(backbone, tmp_path):
+    run(study_of(backbone, ["linear-last", "linear-all"], splits=2, seeds=[0, 1]), tmp_path)
+    results = run(study_of(backbone, ["linear-last"]), tmp_path, overwrite=True)
+    assert list(results.runs) == results.planned()
+
+
+def test_a_failed_replacement_does_not_count_as_done(backbone, tmp_path, monkeypatch):
+    def fail(job):
+        raise LayerFusionError("diverged")
+
+    run(study_of(backbone, ["linear-last"]), tmp_path)
+    monkeypatch.setattr(run_module, "run_job", fail)
+    with pytest.raises(LayerFusionError, match="1 of 1 runs failed"):
+        run(study_of(backbone, ["linear-last"], protocol={**QUICK, "min_epochs": 5}), tmp_path, overwrite=True)
+    assert len(StudyResults.load(tmp_path).missing()) == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), OSError(28, "No space left on device")])
+def test_an_unexpected_error_does_not_stop_the_others(backbone, tmp_path, monkeypatch, error):
+    run_job = run_module.run_job
+
+    def fail(job):
+        if job.recipe == "linear-all":
+            raise error
+        run_job(job)
+
+    monkeypatch.setattr(run_module, "run_job", fail)
+    with pytest.raises(LayerFusionError, match=f"1 of 2 runs failed.*{type(error).__name__}"):
+        run(study_of(backbone, ["linear-all", "linear-last"]), tmp_path)
+    assert [key.recipe for key in StudyResults.load(tmp_path).runs] == ["linear-last"]
+
+
+def test_a_changed_grid_file_is_another_protocol(backbone, tmp_path):
+    grid = tmp_path / "grid.json"
+
+    def content(rate):
+        grid.write_text(json.dumps({"learning_rate": [rate]}))
+        return study_of(backbone, ["linear-last"], protocol={**QUICK, "grid": str(grid)})
+
+    run(content(0.1), tmp_path / "out")
+    with pytest.raises(LayerFusionError, match="was made with another protocol"):
+        run(content(0.001), tmp_path / "out")
+
+
+def test_everything_is_opened_before_anything_is_computed(backbone, tmp_path):
+    backbones = [{"id": backbone, "name": "tiny"}, {"id": str(tmp_path / "none"), "name": "none"}]
+    with pytest.raises(LayerFusionError, match="none"):
+        run(study_of(backbone, ["linear-last"], backbones=backbones), tmp_path / "out")
+    assert not (tmp_path / "out" / "features").exists()
+
+
+def test_an_unreadable_image_fails_its_dataset_only(backbone, tmp_path):
+    from hf_layerfusion.data import open_digits
+
+    rows = open_digits()["train"].select(range(60)).cast_column("image", Image(decode=False))
+    broken = rows.map(
+        lambda row, number: {"image": {"bytes": b"none"} if number == 7 else row["image"]}, with_indices=True
+    )
+    broken = broken.cast_column("image", Image())
+    DatasetDict({"train": broken.select(range(40)), "test": broken.select(range(40, 60))}).save_to_disk(
+        str(tmp_path / "d")
+    )
+    datasets = [{"id": str(tmp_path / "d"), "name": "broken"}, DIGITS]
+    with pytest.raises(LayerFusionError, match=r"1 of 2 runs failed.*broken.*row 7"):
+        run(study_of(backbone, ["linear-last"], datasets=datasets), tmp_path / "out")
+    assert [key.dataset for key in StudyResults.load(tmp_path / "out").runs] == ["digits"]
+
+
+def test_another_study_s_folder(backbone, tmp_path):
+    run(study_of(backbone, ["linear-last"]), tmp_path)
+    with pytest.raises(LayerFusionError, match="holds the study 'try', and this one is 'other': give another folder"):
+        run(study_of(backbone, ["linear-last"], name="other"), tmp_path)
+
+
+def children_of(process):
+    return [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_no_worker_outlives_its_study(backbone, tmp_path, how):
+    content = study_of(backbone, ["alf", "alf-mean"], splits=2, protocol={**QUICK, "min_steps": 100_000})
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "hf_layerfusion.cli.main", "study", str(tmp_path / "study.yaml")]
+    command += ["--output_dir", str(tmp_path / "out"), "--device", "cpu", "--num_processes", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("out/running/*"))) < 2:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = children_of(process)
+    assert len(workers) >= 2
+    os.kill(process.pid, how)
+    _, errors = process.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert b"finished runs of a study" in errors
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in workers):
+        assert time.monotonic() < deadline + 60, "a worker lives on"
+        time.sleep(0.1)
 
 
 def test_a_damaged_run_is_named(backbone, tmp_path):

@@ -60,7 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"layerfusion {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; finished shards of features are kept, and a sweep's last saved state", file=sys.stderr)
+        print(
+            "\ninterrupted; finished shards of features are kept, a sweep's last saved state, and finished runs of a study",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

@@ -25,8 +25,10 @@ from typing import Any
 
 from transformers import Trainer, set_seed
 
+from ..errors import LayerFusionError
 from ..features import LayerFeatures
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
+from ..recipes import find_recipe
 from ..sweeps import Setting
 from ..training import build_trainer
 from .options import (
@@ -114,6 +116,11 @@ def run(arguments: argparse.Namespace) -> None:
     }
     set_seed(arguments.seed or 0)
     recipe = settings[0].recipe if settings else arguments.recipe
+    if find_recipe(recipe).kind == "fine_tune":
+        raise LayerFusionError(
+            f"recipe {recipe!r} trains the backbone, which cached features cannot: use fine_tune of "
+            "hf_layerfusion.training, or layerfusion study"
+        )
     model = build_model(arguments, splits["train"], label_column, recipe=recipe, **overrides)
     bank = union_bank(arguments, model, settings) if settings else None
     wanted = {split: splits[split] for split in ("train", "test")}

@@ -13,7 +13,7 @@ from ..recipes import find_recipe
 from .protocol import Protocol
 
 # Names become parts of file names, in which `--` parts them.
-_NAME = re.compile(r"(?!.*--)[\w][\w. -]*")
+_NAME = re.compile(r"(?!.*--)[\w][\w. -]{0,59}")
 
 
 @dataclass(frozen=True)

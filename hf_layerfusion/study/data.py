@@ -88,7 +88,8 @@ class StudyData:
     @property
     def labels(self) -> np.ndarray:
         """`(rows,)` int64."""
-        return np.asarray(self.images.select_columns([self.label_column]).with_format(None)[self.label_column][:])
+        column = self.images.select_columns([self.label_column]).with_format(None)[self.label_column][:]
+        return np.asarray(column).astype(np.int64)
 
     @property
     def label_options(self) -> dict[str, Any]:
@@ -112,29 +113,42 @@ def open_study_data(entry: DatasetEntry) -> StudyData:
         raise LayerFusionError(f"dataset {entry.name!r} has no split {entry.test_split!r}, only {list(found)}")
     image_column = find_image_column(splits["train"], entry.image_column)
     label_column = find_label_column(splits["train"], entry.label_column)
-    if entry.group_column and entry.group_column not in splits["train"].column_names:
-        raise LayerFusionError(
-            f"dataset {entry.name!r} has no group_column {entry.group_column!r}: its columns are "
-            f"{splits['train'].column_names}"
-        )
+    for split, rows in splits.items():
+        if entry.group_column and entry.group_column not in rows.column_names:
+            raise LayerFusionError(
+                f"dataset {entry.name!r} has no group_column {entry.group_column!r} in split {split!r}: its columns are "
+                f"{rows.column_names}"
+            )
+    if entry.group_column == image_column:
+        raise LayerFusionError(f"dataset {entry.name!r}: the images {image_column!r} cannot be the group_column")
     if entry.group_column and "test" not in splits:
         raise LayerFusionError(
             f"dataset {entry.name!r} has no test split, and one drawn by row would part its groups: add a test split"
         )
     splits = with_test_split(encode_labels(splits, label_column), label_column)
-    columns = [image_column, label_column, *([entry.group_column] if entry.group_column else [])]
+    columns = list(dict.fromkeys([image_column, label_column, *([entry.group_column] if entry.group_column else [])]))
     parts = []
     for split, most in (("train", entry.max_train_rows), ("test", entry.max_test_rows)):
         rows = splits[split].select_columns(columns)
         parts.append(rows if most is None or most >= len(rows) else rows.select(_drawn(rows, label_column, most)))
-    images = concatenate_datasets(parts)
+    try:
+        images = concatenate_datasets(parts)
+    except ValueError as error:
+        raise LayerFusionError(
+            f"dataset {entry.name!r}: the training and the test split have columns of different kinds: {error}"
+        ) from error
     if label_options(images, label_column)["problem_type"] != "single_label_classification":
         raise LayerFusionError(
             f"dataset {entry.name!r}: a study compares classifiers, but {label_column!r} has no classes"
         )
+    if len(set(images.select_columns([label_column]).with_format(None)[label_column][:])) < 2:
+        raise LayerFusionError(f"dataset {entry.name!r}: all rows have one class, there is nothing to tell apart")
     groups = None
     if entry.group_column:
-        groups = np.unique(np.asarray(images[entry.group_column][:]), return_inverse=True)[1]
+        values = images[entry.group_column][:]
+        if any(value is None or value != value for value in values):
+            raise LayerFusionError(f"dataset {entry.name!r} has rows without a {entry.group_column!r}: fill them in")
+        groups = np.unique(np.asarray(values), return_inverse=True)[1]
     return StudyData(images, image_column, label_column, len(parts[0]), groups)
 
 
@@ -176,6 +190,11 @@ def make_split(data: StudyData, number: int, *, own: bool, shots: int | None) ->
     count, labels = len(data.images), data.labels
     if own:
         train, test = np.arange(data.num_train), np.arange(data.num_train, count)
+        if data.groups is not None and len(shared := np.intersect1d(data.groups[train], data.groups[test])):
+            raise LayerFusionError(
+                f"{len(shared)} groups have rows in the training and in the test split: use a number of splits, which "
+                "draws new ones, or leave group_column out"
+            )
     else:
         rows: Any = _Labelled(labels)
         share = 1 - data.num_train / count

@@ -195,7 +195,8 @@ def _fine_tune(job: Job) -> None:
             recipe=job.recipe,
             image_processor=source.image_processor,
             output_dir=scratch,
-            batch_size=batch_size,
+            # Of each process, of those that accelerate launched.
+            batch_size=max(1, batch_size // PartialState().num_processes),
             num_train_epochs=job.protocol.num_epochs(len(train), batch_size),
             seed=seed,
             **(PAPER_FINE_TUNING if job.protocol.name == "paper" else {}),
@@ -211,6 +212,7 @@ def _fine_tune(job: Job) -> None:
                 name.replace(" ", "_"): value for name, value in model.training_summary["hyperparameters"].items()
             }
             trained, seconds = setting.pop("trained_parameters"), time.perf_counter() - start
+            setting["batch_size"] = batch_size
             write_run(job, seed, Outcome(predictions, setting, trained), data.labels[job.split.test], seconds, 0)
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -259,5 +261,8 @@ def _depth(attention: AttentionSummary | None) -> dict[str, float | None] | None
 
 def _write(path: Path, content: bytes) -> None:
     staged = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    staged.write_bytes(content)
-    staged.replace(path)
+    try:
+        staged.write_bytes(content)
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from ..errors import LayerFusionError
 from ..recipes import find_recipe
-from ..sweeps import expand_grid
+from ..sweeps import GRIDS, expand_grid
 from ..sweeps.run import STRATEGIES
+from ..sweeps.settings import read_grid
 from ..training.run import MAX_BATCH_SIZE, MIN_EPOCHS, MIN_STEPS, default_batch_size
 
+# What `sweep` can choose classifiers by.
+METRICS = ("balanced_accuracy", "accuracy", "macro_f1")
 # Fewer images of a class than this are cross-validated in two parts: a fifth of them would be none.
 _SMALLEST_FIFTH = 5
 
@@ -63,9 +67,12 @@ class Protocol:
             raise LayerFusionError(
                 f"protocol: validation_size={self.validation_size!r} is no share of the rows: use more than 0, less than 1"
             )
-        if self.noise_std is not None and (not isinstance(self.noise_std, int | float) or self.noise_std < 0):
+        if self.metric not in METRICS:
+            raise LayerFusionError(f"protocol: metric={self.metric!r} is unknown: choose from {', '.join(METRICS)}")
+        is_number = isinstance(self.noise_std, int | float) and not isinstance(self.noise_std, bool)
+        if self.noise_std is not None and not (is_number and 0 <= self.noise_std < math.inf):
             raise LayerFusionError(f"protocol: noise_std={self.noise_std!r} must be 0 or a positive number")
-        expand_grid(self.grid)  # says what is wrong with it
+        object.__setattr__(self, "grid", _checked_grid(self.grid))
         if self.linear is not None:
             known = [field.name for field in fields(self) if field.name not in ("name", "linear")]
             if not isinstance(self.linear, Mapping) or (unknown := sorted(map(str, self.linear.keys() - set(known)))):
@@ -127,6 +134,21 @@ class Protocol:
         if self.shots is not None and self.shots < _SMALLEST_FIFTH:
             return {"num_folds": 2}
         return {"validation_size": self.validation_size}
+
+
+def _checked_grid(grid: Any) -> Any:
+    """The grid, by content: what a file holds is what runs depend on.
+
+    Raises:
+        LayerFusionError: if it cannot be expanded, or names what a study names by itself.
+    """
+    if isinstance(grid, str) and grid not in GRIDS:
+        grid = read_grid(Path(grid))
+    expand_grid(grid)  # says what is wrong with it
+    for part in [grid] if isinstance(grid, Mapping) else grid if isinstance(grid, list | tuple) else []:
+        if named := sorted({"recipe", "num_heads"} & part.keys()):
+            raise LayerFusionError(f"protocol: the grid of a study cannot hold {named[0]!r}: recipes name that")
+    return grid
 
 
 PROTOCOLS = {

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+import glob
 import hashlib
 import json
 import operator
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import datasets
@@ -115,18 +118,27 @@ def run_study(
         "backbones": {},
         "datasets": {entry.name: dataset_revision(entry) for entry in config.datasets},
     }
+    _check_folder(folder, config, overwrite)
     failures: list[str] = []
     expected: list[RunKey] = []
+    parts: list[_Part] = []
     for backbone in config.backbones:
         source = open_study_backbone(backbone)
         resolved["backbones"][backbone.name] = source.revision
         for dataset in config.datasets:
             part = _Part(folder, config, backbone, dataset, opened[dataset.name], splits[dataset.name], compute)
             expected += part.plan(source, overwrite)
-            if state.is_main_process:
-                _write_json(folder / STUDY_NAME, {**_describe(config, expected), "resolved": resolved})
-            failures += part.run(overwrite, progress and state.is_main_process)
-            state.wait_for_everyone()
+            parts.append(part)
+    if state.is_main_process:
+        for part in parts:
+            part.remove_stale(overwrite)
+        _write_json(folder / STUDY_NAME, {**_describe(config, expected), "resolved": resolved})
+    state.wait_for_everyone()
+    # Opened again, one at a time: all backbones of a study together may not fit into memory.
+    open_backbone = functools.lru_cache(maxsize=1)(open_study_backbone)
+    for part in parts:
+        failures += part.run(open_backbone, overwrite, progress and state.is_main_process)
+        state.wait_for_everyone()
     report = folder / "report" / "report.md"
     if state.is_main_process:
         report = write_report(folder)
@@ -167,14 +179,9 @@ class _Part:
         Raises:
             LayerFusionError: for recipes that this backbone cannot serve, and runs that were made from something else.
         """
-        model: Any = ViTForAttentiveLayerFusionClassification.from_backbone(
-            source.model,
-            recipe="linear-last",
-            image_processor=source.image_processor,
-            **self.data.label_options,
-        )
-        self.model = model.to(self.compute.device)
-        layout = self.model.config.layout
+        self.model_config = self._build(source).config
+        self.processor: Any = source.image_processor
+        layout = self.model_config.layout
         self.image_size = processed_size(source.image_processor)
         self.recipes = expand_recipes(self.config.recipes, layout)
         self.banks = {recipe: recipe_bank(recipe, layout, self.image_size) for recipe in self.recipes}
@@ -190,24 +197,53 @@ class _Part:
                 missing = [seed for seed in wanted if not self._is_there(runs[seed], identities[seed], overwrite)]
                 if missing:
                     self.jobs.append(self._job(number, split, recipe, missing, identities))
+        self.keys = keys
         return keys
 
-    def run(self, overwrite: bool, progress: bool) -> list[str]:
+    def _build(self, source: StudyBackbone) -> ViTForAttentiveLayerFusionClassification:
+        return ViTForAttentiveLayerFusionClassification.from_backbone(
+            source.model,
+            recipe="linear-last",
+            image_processor=source.image_processor,
+            **self.data.label_options,
+        )
+
+    def remove_stale(self, overwrite: bool) -> None:
+        """With `overwrite`, delete what is to be made again and what is not planned any more: a failure leaves a gap."""
+        if not overwrite:
+            return
+        again = {job.key(seed) for job in self.jobs for seed in job.seeds}
+        kept = {key.stem for key in self.keys if key not in again}
+        for path in (self.folder / RUNS_FOLDER).glob(f"{glob.escape(self.name)}--*.json"):
+            if path.stem not in kept:
+                path.unlink()
+        if self.jobs:
+            self._similarity.unlink(missing_ok=True)
+
+    @property
+    def _similarity(self) -> Path:
+        return self.folder / SIMILARITY_FOLDER / f"{self.name}.json"
+
+    def run(
+        self, open_backbone: Callable[[BackboneEntry], StudyBackbone], overwrite: bool, progress: bool
+    ) -> list[str]:
         """Extract what is missing, run the jobs, and return what failed."""
-        similarity = self.folder / SIMILARITY_FOLDER / f"{self.name}.json"
-        if not self.jobs and (similarity.exists() or not self._compared_tokens()):
+        if not self.jobs and (self._similarity.exists() or not self._compared_tokens()):
             return []
-        caches = self._extract(overwrite, progress)
+        try:
+            caches = self._extract(open_backbone(self.backbone), overwrite, progress)
+        except LayerFusionError as error:
+            return [f"{job.name}: {error}" for job in self.jobs] or [f"{self.name}: {error}"]
         jobs = [replace(job, features=self._cache_of(job.recipe, caches)) for job in self.jobs]
-        failures = []
+        failures: list[str] = []
         with tqdm(total=len(jobs), desc=self.name, unit="recipe", disable=not progress) as bar:
-            for job, error in _run_all(jobs, self.compute):
+            for job, problem in _run_all(jobs, self.compute):
                 bar.update()
-                if error is not None:
-                    logger.warning(f"{job.name}: {error}")
-                    failures.append(f"{job.name}: {error}")
-        if PartialState().is_main_process and not similarity.exists():
-            self._measure_similarity(caches, similarity)
+                if problem is not None:
+                    logger.warning(f"{job.name}: {problem}")
+                    failures.append(f"{job.name}: {problem}")
+        if PartialState().is_main_process and not self._similarity.exists():
+            self._measure_similarity(caches)
         return failures
 
     def _key(self, split: int, recipe: str, seed: int) -> RunKey:
@@ -215,13 +251,12 @@ class _Part:
 
     def _identity(self, split: Split, recipe: str, seed: int) -> str:
         """Of everything that a run depends on."""
-        processor: Any = self.model.image_processor
         digest = hashlib.sha256()
         for rows in (split.train, split.test, *([] if self.data.groups is None else [self.data.groups])):
             digest.update(np.ascontiguousarray(rows, dtype=np.int64).tobytes())
         values = {
-            "backbone": (self.model.config.backbone_fingerprint or {}).get("digest"),
-            "processor": plain_values(processor.to_dict()),
+            "backbone": (self.model_config.backbone_fingerprint or {}).get("digest"),
+            "processor": plain_values(self.processor.to_dict()),
             "images": self.data.images._fingerprint,
             "rows": digest.hexdigest(),
             "recipe": recipe,
@@ -257,7 +292,7 @@ class _Part:
             split_number=number,
             split=split,
             groups=self.data.groups,
-            num_labels=self.model.config.num_labels,
+            num_labels=self.model_config.num_labels,
             seeds=tuple(seeds),
             selection_seeds=tuple(self.config.seeds[: self.config.protocol.selection_seeds]),
             identities=identities,
@@ -265,9 +300,11 @@ class _Part:
             device=self.compute.device,
         )
 
-    def _extract(self, overwrite: bool, progress: bool) -> list[LayerFeatures]:
+    def _extract(self, source: StudyBackbone, overwrite: bool, progress: bool) -> list[LayerFeatures]:
         """Caches that hold the tokens of all recipes, also of those that are done, so that the next study finds them."""
-        config = self.model.config
+        model: Any = self._build(source)
+        model.to(self.compute.device)
+        config = model.config
         config.image_size = self.image_size
         banks = [bank for recipe, bank in self.banks.items() if find_recipe(recipe).kind != "fine_tune"]
         caches = []
@@ -275,7 +312,7 @@ class _Part:
             name = hashlib.sha256(json.dumps(bank.to_list()).encode()).hexdigest()[:12]
             caches.append(
                 extract_features(
-                    self.model,
+                    model,
                     self.data.images,
                     self.folder / "features" / self.name / name,
                     image_column=self.data.image_column,
@@ -295,14 +332,16 @@ class _Part:
         holding = [cache for cache in caches if wanted <= set(cache.bank.coordinates)]
         return min(holding, key=lambda cache: cache.hidden_size).folder if holding else None
 
-    def _measure_similarity(self, caches: Sequence[LayerFeatures], path: Path) -> None:
+    def _measure_similarity(self, caches: Sequence[LayerFeatures]) -> None:
         """Between the pooled tokens of the residual stream, over test images of the first split."""
         bank = self._compared_tokens()
         if not bank:
             return
         cache = next(cache for cache in caches if set(bank.coordinates) <= set(cache.bank.coordinates))
         found = linear_cka(cache.select_bank(bank).select_rows(self.splits[0].test[:SIMILARITY_ROWS]))
-        _write_json(path, {"backbone": self.backbone.name, "dataset": self.dataset.name, **found.to_dict()})
+        _write_json(
+            self._similarity, {"backbone": self.backbone.name, "dataset": self.dataset.name, **found.to_dict()}
+        )
 
     def _compared_tokens(self) -> TokenBank | None:
         """The pooled block outputs that the recipes read; nothing, if those are of one layer."""
@@ -338,26 +377,66 @@ def _run_all(jobs: Sequence[Job], compute: ComputeOptions) -> Iterable[tuple[Job
     if compute.device == "cuda":
         devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     threads = max(1, (os.cpu_count() or 1) // compute.num_processes)
-    with ProcessPoolExecutor(
-        compute.num_processes, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
-    ) as pool:
+    pool = ProcessPoolExecutor(
+        compute.num_processes, mp_context=get_context("spawn"), initializer=_begin_worker, initargs=(threads,)
+    )
+    done = False
+    try:
         waiting = {
             pool.submit(_attempt, replace(job, device=devices[number % len(devices)])): job
             for number, job in enumerate(jobs)
         }
-        try:
-            for future in as_completed(waiting):
-                yield waiting[future], future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for future in as_completed(waiting):
+            yield waiting[future], future.result()
+        done = True
+    except BrokenProcessPool as error:
+        raise LayerFusionError(
+            "a process of the study was killed, maybe for want of memory: finished runs are kept; start it again, with "
+            "fewer processes (num_processes)"
+        ) from error
+    finally:
+        if not done:
+            # An interrupt ends only the job that a worker is at: it would go on with the next one, for hours.
+            for worker in active_children():
+                worker.kill()
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker of a killed study would wait for jobs for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
 
 
 def _attempt(job: Job) -> LayerFusionError | None:
+    """Do a job; whatever goes wrong in it (no memory left, a full disk) concerns the others only if it happens there too."""
     try:
         run_job(job)
     except LayerFusionError as error:
         return error
+    except (RuntimeError, ValueError, MemoryError, OSError) as error:
+        logger.warning(f"{job.name}:", exc_info=True)
+        return LayerFusionError(f"{type(error).__name__}: {error}")
     return None
+
+
+def _check_folder(folder: Path, config: StudyConfig, overwrite: bool) -> None:
+    """Another study's runs would be in this one's report."""
+    try:
+        found = json.loads((folder / STUDY_NAME).read_text(encoding="utf-8"))["config"]["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if found != config.name and not overwrite:
+        raise LayerFusionError(
+            f"{folder} holds the study {found!r}, and this one is {config.name!r}: give another folder"
+        )
 
 
 def _check_extras(config: StudyConfig) -> None:

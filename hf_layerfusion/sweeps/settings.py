@@ -114,7 +114,7 @@ def expand_grid(grid: Grid, recipes: Sequence[str] = ("alf",)) -> list[Setting]:
         LayerFusionError: for an unknown name or field, a value of a wrong kind, or a grid without settings.
     """
     if isinstance(grid, str | Path):
-        grid = GRIDS[str(grid)] if str(grid) in GRIDS else _read_grid(Path(grid))
+        grid = GRIDS[str(grid)] if str(grid) in GRIDS else read_grid(Path(grid))
     parts = [grid] if isinstance(grid, Mapping) else grid
     if not isinstance(parts, list | tuple) or not all(isinstance(part, Mapping) for part in parts):
         raise LayerFusionError(
@@ -171,7 +171,12 @@ def _completed(values: dict[str, Any]) -> Setting:
     return setting
 
 
-def _read_grid(path: Path) -> Any:
+def read_grid(path: Path) -> Any:
+    """What a YAML or JSON file holds.
+
+    Raises:
+        LayerFusionError: if it cannot be read.
+    """
     import yaml
 
     try:
