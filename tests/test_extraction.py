@@ -678,11 +678,14 @@ def measure_memory(folder, rows, connection):
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(processes, tmp_path):
     measured = {}
-    for rows in (2_000, 20_000):
+    for number, rows in enumerate((2_000, 20_000, 20_000)):
         receiver, sender = processes.context.Pipe(duplex=False)
-        (tmp_path / str(rows)).mkdir()
-        assert processes.run(measure_memory, tmp_path / str(rows), rows, sender) == 0
-        measured[rows] = receiver.recv()
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        assert processes.run(measure_memory, folder, rows, sender) == 0
+        found = receiver.recv()
+        # The lower of two: what is kept shows in both, what allocators do beside other jobs does not.
+        measured[rows] = min(found, measured.get(rows, found), key=lambda values: values[1])
     (_, small_growth, small), (size, large_growth, large) = measured[2_000], measured[20_000]
     assert size > 0.2 * small  # tokens that were kept would show
     assert large < 1.1 * small, measured

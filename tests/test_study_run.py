@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import psutil
@@ -287,7 +288,14 @@ def test_no_worker_outlives_its_study(backbone, tmp_path, how):
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
     command = [sys.executable, "-m", "hf_layerfusion.cli.main", "study", str(tmp_path / "study.yaml")]
     command += ["--output_dir", str(tmp_path / "out"), "--device", "cpu", "--num_processes", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        # Whoever runs the tests in the background of a shell has it ignored, and children inherit that.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while len(list(tmp_path.glob("out/running/*"))) < 2:
         assert process.poll() is None, process.stderr.read()
