@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -296,21 +297,25 @@ def test_no_worker_outlives_its_study(backbone, tmp_path, how):
         # Whoever runs the tests in the background of a shell has it ignored, and children inherit that.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("out/running/*"))) < 2:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    workers = children_of(process)
-    assert len(workers) >= 2
-    os.kill(process.pid, how)
-    _, errors = process.communicate(timeout=60)
-    if how == signal.SIGINT:
-        assert process.returncode == 130
-        assert b"finished runs of a study" in errors
-    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in workers):
-        assert time.monotonic() < deadline + 60, "a worker lives on"
-        time.sleep(0.1)
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("out/running/*"))) < 2:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        workers = children_of(process)
+        assert len(workers) >= 2
+        os.kill(process.pid, how)
+        _, errors = process.communicate(timeout=60)
+        if how == signal.SIGINT:
+            assert process.returncode == 130
+            assert b"finished runs of a study" in errors
+        while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in workers):
+            assert time.monotonic() < deadline + 60, "a worker lives on"
+            time.sleep(0.1)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_damaged_run_is_named(backbone, tmp_path):
