@@ -22,7 +22,7 @@ from ..features import LayerFeatures
 from ..layout import TokenLayout
 from ..recipes import find_recipe
 from ..sweeps import SweepResult, sweep
-from ..training.fine_tuning import fine_tune, predict_images
+from ..training.fine_tuning import MAX_BATCH_SIZE, fine_tune, predict_images
 from ..training.metrics import Accuracy, BalancedAccuracy
 from ..training.run import default_batch_size
 from .config import BackboneEntry, DatasetEntry
@@ -31,8 +31,7 @@ from .protocol import Protocol
 from .results import RUNS_FOLDER, RunKey
 
 _BATCH_SIZE = 1024
-# Images per step, and the one setting of the reference's `end_2_end_eval_linear_probe_finetuning.py`; nothing is chosen.
-FINE_TUNING_BATCH_SIZE = 256
+# The one setting of the reference's `end_2_end_eval_linear_probe_finetuning.py`; nothing is chosen.
 PAPER_FINE_TUNING: dict[str, Any] = {"learning_rate": 1e-3, "weight_decay": 0.1, "noise_std": 0.05}
 
 
@@ -184,7 +183,7 @@ def _fine_tune(job: Job) -> None:
     """From images, a seed after the other: each takes as long as many heads."""
     data = open_study_data(job.dataset)
     train, test = data.images.select(job.split.train), data.images.select(job.split.test)
-    batch_size = min(default_batch_size(len(train)), FINE_TUNING_BATCH_SIZE)
+    batch_size = min(default_batch_size(len(train)), MAX_BATCH_SIZE)
     for seed in job.seeds:
         start = time.perf_counter()
         source = open_study_backbone(job.backbone)
