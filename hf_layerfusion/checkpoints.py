@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,7 @@ def open_pinned_backbone(
     backbone: str | Path | PreTrainedModel | None,
     strict: bool,
     kwargs: dict[str, Any],
+    also: Sequence[LayerFusionConfig] = (),
 ) -> OpenedBackbone:
     """Open the backbone that a head was trained on, or the one handed in, and compare its weights.
 
@@ -127,13 +129,14 @@ def open_pinned_backbone(
         backbone: used instead of the pinned one.
         strict: whether other weights are an error or a warning.
         kwargs: of `from_pretrained`.
+        also: configs of more heads that must belong to it.
 
     Raises:
         LayerFusionError: if it cannot be found, or is not the one the head was trained on.
     """
     if backbone is not None and not isinstance(backbone, str | Path):
         opened = open_backbone(backbone)
-        verify_weights(config, opened.model, strict)
+        verify_weights([config, *also], opened.model, strict)
         return opened
     options = {key: kwargs[key] for key in BACKBONE_OPTIONS if key in kwargs}
     dtype = options.pop("dtype", None)
@@ -151,7 +154,7 @@ def open_pinned_backbone(
         opened = open_backbone(config.backbone_name_or_path, revision=config.backbone_revision, **options)
     else:
         raise LayerFusionError("this head does not say where its backbone is: pass it as backbone=")
-    verify_weights(config, opened.model, strict)
+    verify_weights([config, *also], opened.model, strict)
     if dtype not in (None, "auto"):
         if method := quantization_of(opened.model):
             raise LayerFusionError(f"dtype={dtype}: a {method}-quantised backbone keeps its dtype; leave dtype out")
@@ -194,26 +197,29 @@ def hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in names if name in kwargs}
 
 
-def verify_weights(config: LayerFusionConfig, backbone: PreTrainedModel, strict: bool) -> None:
-    """Compare a backbone's weights with the fingerprint in a head's config.
+def verify_weights(configs: Sequence[LayerFusionConfig], backbone: PreTrainedModel, strict: bool) -> None:
+    """Compare a backbone's weights with the fingerprints in heads' configs.
 
     Raises:
         LayerFusionError: naming the parts that differ, if `strict`; otherwise that is a warning.
     """
-    if config.backbone_fingerprint is None:
+    pins = [(config, config.backbone_fingerprint) for config in configs if config.backbone_fingerprint is not None]
+    if not pins:
         return
-    pinned = WeightFingerprint.from_dict(config.backbone_fingerprint)
-    found = WeightFingerprint.of(backbone)
-    if found.kind != pinned.kind:
-        logger.warning(
-            f"this head was trained on a {pinned.kind} backbone and is given a {found.kind} one: "
-            "their weights cannot be compared"
-        )
-    elif difference := pinned.difference(found):
-        message = (
-            f"this is not the backbone that the head was trained on ({config.backbone_name_or_path}, revision "
-            f"{config.backbone_revision}): {difference}"
-        )
-        if strict:
-            raise LayerFusionError(message + "; pass the right one as backbone=, or verify_backbone=False")
-        logger.warning(message)
+    found = WeightFingerprint.of(backbone)  # takes seconds for a large backbone, however many heads there are
+    for config, pin in pins:
+        pinned = WeightFingerprint.from_dict(pin)
+        if found.kind != pinned.kind:
+            logger.warning(
+                f"this head was trained on a {pinned.kind} backbone and is given a {found.kind} one: "
+                "their weights cannot be compared"
+            )
+        elif difference := pinned.difference(found):
+            head = f"head {config.name_or_path}: " if len(configs) > 1 else ""
+            message = (
+                f"{head}this is not the backbone that the head was trained on ({config.backbone_name_or_path}, revision "
+                f"{config.backbone_revision}): {difference}"
+            )
+            if strict:
+                raise LayerFusionError(message + "; pass the right one as backbone=, or verify_backbone=False")
+            logger.warning(message)

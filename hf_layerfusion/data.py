@@ -42,7 +42,7 @@ def open_digits() -> DatasetDict:
 
     data = load_digits()
     features = Features({"image": Image(), "label": ClassLabel(names=[str(name) for name in data.target_names])})
-    pictures = [PILImage.fromarray(np.uint8(picture * 255 / 16)) for picture in data.images]
+    pictures = [PILImage.fromarray((picture * 255 / 16).astype(np.uint8)) for picture in data.images]
     rows = Dataset.from_dict({"image": pictures, "label": data.target.tolist()}, features=features)
     return DatasetDict({"train": rows})
 

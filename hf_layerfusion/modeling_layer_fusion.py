@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -33,7 +32,8 @@ from .checkpoints import BACKBONE_PREFIX, check_checkpoint, hub_options, open_co
 from .configuration_layer_fusion import HEAD_OPTIONS, LayerFusionConfig
 from .errors import LayerFusionError
 from .heads import AttentiveFusionHead, LinearHead, ScalarMixHead, WidthProjection, build_parts
-from .hub.cards import build_card
+from .hub.cards import write_card
+from .hub.push import hub_id, pin_backbone, push_folder
 from .images import processed_size, resize_processor
 from .losses import classification_loss
 from .noise import add_noise_
@@ -43,7 +43,7 @@ from .recipes import find_recipe
 
 logger = logging.get_logger(__name__)
 
-PUSH_OPTIONS = ("commit_message", "private", "token", "revision", "create_pr")
+PUSH_OPTIONS = ("commit_message", "private", "token", "revision", "create_pr", "backbone_id")
 
 
 @dataclass
@@ -100,7 +100,7 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         self.token_projection = parts.get("token_projection", nn.Identity())
         self.post_init()
         if self.backbone is not None:
-            self._attach(self.backbone)
+            self.attach(self.backbone)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, AttentiveFusionHead | LinearHead | ScalarMixHead | WidthProjection):
@@ -176,10 +176,10 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         )
         _check_trainable(opened.model, config.freeze_backbone)
         model = cls(config, with_backbone=False)
-        model._attach(opened.model, processor)
+        model.attach(opened.model, processor)
         return model.eval()
 
-    def _attach(self, backbone: PreTrainedModel, image_processor: Any | None = None) -> None:
+    def attach(self, backbone: PreTrainedModel, image_processor: Any | None = None) -> None:
         """Take a backbone in, frozen or not, and keep it out of the checkpoints if it is frozen."""
         self.backbone = backbone
         self.image_processor = image_processor or self.image_processor
@@ -195,7 +195,8 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
 
     def _name_backbone_tensors(self) -> None:
         """Exact names, not patterns, are what `save_pretrained` leaves out; merging adapters changes them."""
-        self._frozen_names = {BACKBONE_PREFIX + name for name in self.backbone.state_dict()}
+        names = () if self.backbone is None else self.backbone.state_dict()
+        self._frozen_names = {BACKBONE_PREFIX + name for name in names}
         self._pooler_names = {name for name in self._frozen_names if name.startswith(BACKBONE_PREFIX + POOLER_PREFIX)}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -350,19 +351,16 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         if kwargs.get("is_main_process", True):
             if self.image_processor is not None:
                 self.image_processor.save_pretrained(save_directory)
-            self._write_card(save_directory, self.training_summary)
+            write_card(save_directory, self.config, self.training_summary, _count_parameters(self.head))
         if push_to_hub:
             self.push_to_hub(repo_id or Path(save_directory).name, include_backbone=include_backbone, **pushing)
-
-    def _write_card(self, folder: str | Path, summary: dict[str, Any]) -> None:
-        card = build_card(self.config, summary, _count_parameters(self.head))
-        Path(folder, "README.md").write_text(str(card), encoding="utf-8")
 
     def push_to_hub(  # type: ignore[override]
         self,
         repo_id: str,
         *,
         include_backbone: bool | None = None,
+        backbone_id: str | None = None,
         commit_message: str = "Upload head",
         private: bool | None = None,
         token: str | bool | None = None,
@@ -372,22 +370,64 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
     ) -> str:
         """Upload what `save_pretrained` writes, in one commit.
 
+        Args:
+            repo_id: `user/name`, or `name` for one's own.
+            include_backbone: as for `save_pretrained`.
+            backbone_id: the Hub id under which others find a backbone that was opened from a folder. Its current commit
+                is pinned; whoever loads the head has the weights compared with this backbone's fingerprint.
+            commit_message: title of the commit.
+            private: of a new repository.
+            token: of a user who may write; by default the one that is logged in.
+            revision: branch, created if it is missing.
+            create_pr: open a pull request instead.
+            kwargs: for `save_pretrained`.
+
         Returns:
-            The address of the commit.
+            The address of the commit, or of the pull request.
+
+        Raises:
+            LayerFusionError: if the backbone is in a folder of this machine and no Hub id is named for it, without a
+                token or the right to write, or if the upload fails. Nothing of it can then be seen on the Hub.
         """
-        api = HfApi(token=token)
-        repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, include_backbone=include_backbone, **kwargs)
-            self._write_card(folder, {**self.training_summary, "repo_id": repo.repo_id})
-            commit = api.upload_folder(
-                repo_id=repo.repo_id,
-                folder_path=folder,
+        bundled = not self.config.freeze_backbone if include_backbone is None else include_backbone
+        naming = nullcontext() if bundled else self._pinned(backbone_id, token)
+        with naming, tempfile.TemporaryDirectory() as folder:
+
+            def write(repo: str) -> Path:
+                summary, self.training_summary = self.training_summary, {**self.training_summary, "repo_id": repo}
+                try:
+                    self.save_pretrained(folder, include_backbone=include_backbone, **kwargs)
+                finally:
+                    self.training_summary = summary
+                return Path(folder)
+
+            commit = push_folder(
+                repo_id,
+                write,
                 commit_message=commit_message,
+                private=private,
+                token=token,
                 revision=revision,
                 create_pr=create_pr,
             )
-        return commit.commit_url
+        return commit.pr_url or commit.commit_url
+
+    @contextmanager
+    def _pinned(self, backbone_id: str | None, token: str | bool | None) -> Iterator[None]:
+        """Name the backbone as others find it, while the head is written for them."""
+        config = self.config
+        here = config.backbone_name_or_path, config.backbone_revision
+        if backbone_id is None and hub_id(config.backbone_name_or_path) is None:
+            raise LayerFusionError(
+                f"this head's backbone is {config.backbone_name_or_path or 'a model in memory'}, which nobody else has: name "
+                "the same backbone on the Hub with backbone_id=, or push it too with include_backbone=True"
+            )
+        if backbone_id is not None:
+            config.backbone_name_or_path, config.backbone_revision = backbone_id, pin_backbone(backbone_id, token)
+        try:
+            yield
+        finally:
+            config.backbone_name_or_path, config.backbone_revision = here
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -420,6 +460,17 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         hub_kwargs = hub_options(kwargs)
         if not isinstance(config, LayerFusionConfig):
             config = open_config(name if config is None else str(config), hub_kwargs)
+        model, info = cls.load_head(name, *model_args, config=config, **kwargs)
+        opened = open_pinned_backbone(name, config, backbone, verify_backbone, kwargs)
+        model.attach(opened.model, model.image_processor or opened.image_processor)
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def load_head(
+        cls, name: str, *model_args: Any, config: LayerFusionConfig, **kwargs: Any
+    ) -> tuple[ViTForAttentiveLayerFusionClassification, dict[str, Any]]:
+        """A checked head without its backbone, its image processor, and transformers' loading report."""
+        hub_kwargs = hub_options(kwargs)
         check_checkpoint(name, config, hub_kwargs)
         kwargs.pop("use_safetensors", None)
         # Where the backbone is put and how it computes says nothing about the head, which is small.
@@ -434,9 +485,8 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
             **for_head,
         )
         model, info = loaded
-        opened = open_pinned_backbone(name, config, backbone, verify_backbone, kwargs)
-        model._attach(opened.model, open_image_processor(name, hub_kwargs) or opened.image_processor)
-        return (model, info) if output_loading_info else model
+        model.image_processor = open_image_processor(name, hub_kwargs)
+        return model, info
 
 
 def _label_options(num_labels: int | None, id2label: dict[int, str] | Sequence[str] | None) -> dict[str, Any]:

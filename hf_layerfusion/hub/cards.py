@@ -74,6 +74,15 @@ def build_card(config: LayerFusionConfig, training_summary: dict[str, Any], head
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
 
 
+def write_card(
+    folder: str | Path, config: LayerFusionConfig, training_summary: dict[str, Any], head_parameters: int
+) -> None:
+    """Write `README.md` into a head's folder."""
+    Path(folder, "README.md").write_text(
+        str(build_card(config, training_summary, head_parameters)), encoding="utf-8"
+    )
+
+
 def _hub_id(name_or_path: str | None) -> str | None:
     """A Hub id, or `None` for a folder: a path of one machine means nothing on another."""
     if not name_or_path or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name_or_path) or Path(name_or_path).is_dir():

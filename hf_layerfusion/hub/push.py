@@ -1,0 +1,119 @@
+"""Uploading a folder as one commit, and saying beforehand what would stand in the way."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, HfApi, get_token
+from huggingface_hub.errors import (
+    BadRequestError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ..errors import LayerFusionError
+
+
+def hub_id(name_or_path: str | None) -> str | None:
+    """A Hub id, or `None` for a folder: a path of one machine means nothing on another."""
+    if not name_or_path or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name_or_path) or Path(name_or_path).is_dir():
+        return None
+    return name_or_path
+
+
+def push_folder(
+    repo_id: str,
+    write: Callable[[str], Path],
+    *,
+    commit_message: str,
+    repo_type: str = "model",
+    space_sdk: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Upload a folder in one commit, to a repository and a branch that are created if they are missing.
+
+    Args:
+        repo_id: `user/name`, or `name` for one's own.
+        write: makes the folder, given the whole repository id; called when the repository is known to be writable.
+        commit_message: title of the commit.
+        repo_type: `"model"` or `"space"`.
+        space_sdk: of a Space.
+        private: of a new repository.
+        token: of a user who may write; by default the one that is logged in.
+        revision: branch to commit to; a new one starts at `main`.
+        create_pr: open a pull request instead.
+
+    Returns:
+        The commit; of a pull request, with its address.
+
+    Raises:
+        LayerFusionError: without a token, without the right to write, for a bad name, or if the upload fails. The
+            commit comes last, so that nothing of a failed upload can be seen.
+    """
+    if token is False or (token in (None, True) and get_token() is None):
+        raise LayerFusionError(
+            f"pushing to {repo_id!r} needs a token that may write: log in with `hf auth login`, set HF_TOKEN, or pass token="
+        )
+    api = HfApi(token=token)
+    try:
+        repo = api.create_repo(
+            repo_id, repo_type=repo_type, space_sdk=space_sdk, private=private, exist_ok=True
+        ).repo_id
+        if revision is not None and not create_pr and not revision.startswith("refs/"):
+            _create_missing_branch(api, repo, repo_type, revision)
+        return api.upload_folder(
+            repo_id=repo,
+            repo_type=repo_type,
+            folder_path=write(repo),
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    except (HFValidationError, LocalTokenNotFoundError) as error:
+        raise LayerFusionError(f"cannot push to {repo_id!r}: {error}") from error
+    except HfHubHTTPError as error:
+        raise LayerFusionError(f"cannot push to {repo_id!r}: {_reason(error)}") from error
+
+
+def pin_backbone(backbone_id: str, token: str | bool | None = None) -> str:
+    """The current commit of a backbone's repository.
+
+    Raises:
+        LayerFusionError: if it is no Hub id, or cannot be found.
+    """
+    if hub_id(backbone_id) is None:
+        raise LayerFusionError(f"backbone_id={backbone_id!r} is no Hub id: give one such as 'facebook/dinov2-small'")
+    try:
+        return str(HfApi(token=token).model_info(backbone_id).sha)
+    except (HfHubHTTPError, OSError) as error:
+        raise LayerFusionError(f"backbone_id={backbone_id!r} cannot be found on the Hub: {error}") from error
+
+
+def _create_missing_branch(api: HfApi, repo_id: str, repo_type: str, revision: str) -> None:
+    try:
+        api.repo_info(repo_id, repo_type=repo_type, revision=revision)
+    except RevisionNotFoundError:
+        api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
+
+
+def _reason(error: HfHubHTTPError) -> str:
+    """What an HTTP status means to somebody who pushes, before the server's own words."""
+    status = getattr(error.response, "status_code", None)
+    words = {
+        401: "the token is not accepted (log in again with `hf auth login`, or pass another as token=)",
+        403: "this token may not write there (use your own name or an organisation's that you belong to, and a token "
+        "with write permission)",
+        404: "there is no such repository, or the token may not see it",
+    }
+    if status in words:
+        return f"{words[status]}: {error}"
+    if isinstance(error, BadRequestError):
+        return f"the Hub refuses it: {error}"
+    return f"the upload failed and nothing of it can be seen; push again: {error}"
