@@ -24,7 +24,7 @@ from pathlib import Path
 
 import transformers
 from datasets import Image
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_layerfusion import RECIPES, LayerFusionError, ViTForAttentiveLayerFusionClassification, extract_features
@@ -32,6 +32,7 @@ from hf_layerfusion.data import label_options, open_dataset, prepare_splits
 from hf_layerfusion.training import (
     ImageCollator,
     LayerFeatureCollator,
+    LayerFusionTrainer,
     adamw,
     build_compute_metrics,
     class_weights,
@@ -145,9 +146,7 @@ def main() -> None:
 
     if training_args.should_log:
         transformers.utils.logging.set_verbosity_info()
-    # The model pushes itself at the end: Trainer would push the features too, and a card of its own.
-    push_to_hub, training_args.push_to_hub = training_args.push_to_hub, False
-    trainer = Trainer(
+    trainer = LayerFusionTrainer(
         model=model,
         args=training_args,
         train_dataset=datasets["train"],
@@ -176,13 +175,7 @@ def main() -> None:
             "metrics": {name: metrics[f"eval_{name}"] for name in names if f"eval_{name}" in metrics},
         }
 
-    trainer.save_model()
-    if push_to_hub and trainer.is_world_process_zero():
-        model.push_to_hub(
-            training_args.hub_model_id or Path(training_args.output_dir).name,
-            token=training_args.hub_token,
-            private=training_args.hub_private_repo,
-        )
+    trainer.save_model()  # and pushes, with --push_to_hub
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from .errors import LayerFusionError
 from .features import LayerFeatures, extract_features
 from .heads import AttentiveFusionHead, LinearHead, ScalarMixHead
 from .modeling_layer_fusion import LayerFusionOutput, ViTForAttentiveLayerFusionClassification
+from .multi_head import LayerFusionHeads, load_heads
 from .recipes import RECIPES, Recipe
 from .sweeps import SweepResult, sweep
 from .version import __version__
@@ -21,6 +22,7 @@ __all__ = [
     "LayerFeatures",
     "LayerFusionConfig",
     "LayerFusionError",
+    "LayerFusionHeads",
     "LayerFusionOutput",
     "LinearHead",
     "Recipe",
@@ -31,5 +33,6 @@ __all__ = [
     "ViTForAttentiveLayerFusionClassification",
     "__version__",
     "extract_features",
+    "load_heads",
     "sweep",
 ]

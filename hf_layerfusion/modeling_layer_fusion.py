@@ -33,7 +33,7 @@ from .configuration_layer_fusion import HEAD_OPTIONS, LayerFusionConfig
 from .errors import LayerFusionError
 from .heads import AttentiveFusionHead, LinearHead, ScalarMixHead, WidthProjection, build_parts
 from .hub.cards import write_card
-from .hub.push import hub_id, pin_backbone, push_folder
+from .hub.push import check_shareable, pin_backbone, push_folder
 from .images import processed_size, resize_processor
 from .losses import classification_loss
 from .noise import add_noise_
@@ -414,16 +414,14 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
 
     @contextmanager
     def _pinned(self, backbone_id: str | None, token: str | bool | None) -> Iterator[None]:
-        """Name the backbone as others find it, while the head is written for them."""
+        """Name the backbone as others find it, with a commit, while the head is written for them."""
         config = self.config
         here = config.backbone_name_or_path, config.backbone_revision
-        if backbone_id is None and hub_id(config.backbone_name_or_path) is None:
-            raise LayerFusionError(
-                f"this head's backbone is {config.backbone_name_or_path or 'a model in memory'}, which nobody else has: name "
-                "the same backbone on the Hub with backbone_id=, or push it too with include_backbone=True"
-            )
-        if backbone_id is not None:
-            config.backbone_name_or_path, config.backbone_revision = backbone_id, pin_backbone(backbone_id, token)
+        if backbone_id is None:
+            check_shareable(config)
+        if backbone_id is not None or config.backbone_revision is None:
+            named = backbone_id or str(config.backbone_name_or_path)
+            config.backbone_name_or_path, config.backbone_revision = named, pin_backbone(named, token)
         try:
             yield
         finally:

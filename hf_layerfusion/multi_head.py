@@ -106,7 +106,7 @@ def load_heads(
     hub_kwargs = hub_options(kwargs)
     configs = {name: open_config(path, hub_kwargs) for name, path in wanted.items()}
     first = next(iter(configs))
-    others = [config for name, config in configs.items() if name != first]
+    others = {wanted[name]: config for name, config in configs.items() if name != first}
     opened = open_pinned_backbone(wanted[first], configs[first], backbone, verify_backbone, kwargs, others)
     models: dict[str, ViTForAttentiveLayerFusionClassification] = {}
     for name, path in wanted.items():

@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ..configuration_layer_fusion import LayerFusionConfig
 from ..errors import LayerFusionError
 
 
@@ -80,6 +81,20 @@ def push_folder(
         raise LayerFusionError(f"cannot push to {repo_id!r}: {error}") from error
     except HfHubHTTPError as error:
         raise LayerFusionError(f"cannot push to {repo_id!r}: {_reason(error)}") from error
+
+
+def check_shareable(config: LayerFusionConfig) -> None:
+    """Refuse a head whose backbone nobody else can find.
+
+    Raises:
+        LayerFusionError: if the config names a folder, or nothing, and the backbone is not pushed with the head.
+    """
+    if config.freeze_backbone and hub_id(config.backbone_name_or_path) is None:
+        raise LayerFusionError(
+            f"this head's backbone is {config.backbone_name_or_path or 'a model in memory'}, which nobody else has: name "
+            "the same backbone on the Hub (push_to_hub(backbone_id=...), --backbone_id, or "
+            "model.config.backbone_name_or_path before training), or push it too (include_backbone=True)"
+        )
 
 
 def pin_backbone(backbone_id: str, token: str | bool | None = None) -> str:

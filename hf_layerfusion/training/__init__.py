@@ -6,12 +6,14 @@ from .fine_tuning import fine_tune, predict_images
 from .metrics import Accuracy, BalancedAccuracy, MacroF1, TopKAccuracy, build_compute_metrics
 from .optimization import adamw, parameter_groups
 from .run import build_trainer
+from .trainer import LayerFusionTrainer
 
 __all__ = [
     "Accuracy",
     "BalancedAccuracy",
     "ImageCollator",
     "LayerFeatureCollator",
+    "LayerFusionTrainer",
     "MacroF1",
     "TopKAccuracy",
     "adamw",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from ..errors import LayerFusionError
 from ..features import LayerFeatures
@@ -18,6 +18,7 @@ from .class_weights import class_weights
 from .collators import LayerFeatureCollator
 from .metrics import build_compute_metrics
 from .optimization import adamw
+from .trainer import LayerFusionTrainer
 
 # Protocol of the reference (its appendix and `scripts/`): at least 40 epochs and 1000 steps, batches of up to 2048 rows
 # but at least five an epoch, cosine to 1e-6 without warm-up, gradient norm clipped at 5.
@@ -52,8 +53,8 @@ def build_trainer(
     seed: int = 0,
     balance_classes: bool = True,
     **training_arguments: Any,
-) -> Trainer:
-    """A `Trainer` for one head on cached features, with the paper's protocol where nothing else is said.
+) -> LayerFusionTrainer:
+    """A trainer for one head on cached features, with the paper's protocol where nothing else is said.
 
     Args:
         model: its head is trained; it reads its own tokens out of the features' bank.
@@ -102,7 +103,7 @@ def build_trainer(
             **training_arguments,
         }
     )
-    return Trainer(
+    return LayerFusionTrainer(
         model=model,
         args=arguments,
         train_dataset=train_features,
