@@ -18,7 +18,8 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 
 from hf_layerfusion import ViTForAttentiveLayerFusionClassification, extract_features
 from hf_layerfusion.cli.main import main
-from hf_layerfusion.features.manifest import Manifest, record_file, sha256_of, shard_file, write_json
+from hf_layerfusion.features.manifest import Manifest, record_file, sha256_of, shard_file
+from hf_layerfusion.files import write_json
 
 ROWS, SHARD_ROWS = 25, 10
 

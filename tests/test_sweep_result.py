@@ -342,12 +342,13 @@ def test_a_result_that_is_not_whole_has_no_json(result, saved, monkeypatch, no_f
         left = iter([None] * moment)
 
         def interrupted(self, target, left=left):
-            next(left)
+            if next(left, "none left") is not None:
+                raise KeyboardInterrupt
             return replace(self, target)
 
         with monkeypatch.context() as patch:
             patch.setattr(type(saved), "replace", interrupted)
-            with pytest.raises(StopIteration):
+            with pytest.raises(KeyboardInterrupt):
                 result.save(saved)
         with pytest.raises(LayerFusionError, match=r"holds no finished sweep: .*sweep.json is missing"):
             SweepResult.load(saved)

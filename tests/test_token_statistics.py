@@ -21,7 +21,8 @@ from hf_layerfusion.bank import TokenBank
 from hf_layerfusion.cli.main import main
 from hf_layerfusion.features import EpochViews, statistics, token_statistics
 from hf_layerfusion.features.extract import _write_shard
-from hf_layerfusion.features.manifest import STATISTICS_NAME, Manifest, own_file, record_file, shard_file, write_json
+from hf_layerfusion.features.manifest import STATISTICS_NAME, Manifest, own_file, record_file, shard_file
+from hf_layerfusion.files import write_json
 from hf_layerfusion.training import LayerFeatureCollator
 
 BANK = [[layer, "block", pool] for layer in (1, 2, 3) for pool in ("cls", "mean")]

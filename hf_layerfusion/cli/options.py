@@ -23,6 +23,7 @@ from ..data import label_options, open_dataset, prepare_splits
 from ..errors import LayerFusionError
 from ..features import LayerFeatures, extract_features
 from ..features.manifest import STORAGE_DTYPES
+from ..files import staged_file
 from ..images import process_image, stack_images
 from ..layout import MODULES
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
@@ -330,10 +331,5 @@ def output_file(path: str | None) -> Iterator[TextIO]:
         return
     if Path(path).is_dir():
         raise LayerFusionError(f"--output {path} is a folder: give a file")
-    staged = Path(f"{path}.tmp")
-    try:
-        with open(staged, "w", encoding="utf-8") as file:
-            yield file
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+    with staged_file(Path(path)) as staged, open(staged, "w", encoding="utf-8") as file:
+        yield file

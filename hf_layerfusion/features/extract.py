@@ -24,6 +24,7 @@ from transformers.utils import logging
 from ..backbones import execution_device
 from ..bank import TokenBank, is_patch
 from ..errors import LayerFusionError
+from ..files import staged_file
 from ..images import augment_image
 from .manifest import (
     MANIFEST_NAME,
@@ -319,15 +320,13 @@ def _write_shard(
     schema = Features(columns).arrow_schema
     folder.mkdir(parents=True, exist_ok=True)  # not before: bad input leaves nothing behind
     path = folder / shard_file(index)
-    staged = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(staged, "wb") as file:
-        with pa.ipc.new_stream(file, schema) as writer:
-            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
-        file.flush()
-        os.fsync(file.fileno())
-    shard = Shard(index, len(tokens), staged.stat().st_size, sha256_of(staged), skipped)
-    staged.replace(path)
-    return shard
+    with staged_file(path) as staged:
+        with open(staged, "wb") as file:
+            with pa.ipc.new_stream(file, schema) as writer:
+                writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+            file.flush()
+            os.fsync(file.fileno())
+        return Shard(index, len(tokens), staged.stat().st_size, sha256_of(staged), skipped)
 
 
 def _resume(folder: Path, wanted: Manifest, overwrite: bool, share: _Share) -> Manifest:

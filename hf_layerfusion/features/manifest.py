@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ..bank import TokenBank
 from ..errors import LayerFusionError
+from ..files import write_json
 
 MANIFEST_NAME = "features.json"
 STATISTICS_NAME = "features-statistics.safetensors"
@@ -264,16 +264,6 @@ def problem_of(shard: Shard, folder: Path, checksums: bool = False) -> str | Non
     if checksums and sha256_of(path) != shard.sha256:
         return f"shard {path} does not have the checksum it was written with"
     return None
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write under a temporary name, then rename: a file is whole or absent, whoever else writes it."""
-    staged = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(staged, "w", encoding="utf-8") as file:
-        json.dump(values, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
 
 
 def sha256_of(path: Path) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from ..analysis.attention import AttentionSummary, summarise_attentions
 from ..bank import TokenBank
 from ..estimators import fit_estimator
 from ..features import LayerFeatures
+from ..files import write_file, write_json
 from ..layout import TokenLayout
 from ..recipes import find_recipe
 from ..sweeps import SweepResult, sweep
@@ -227,7 +226,7 @@ def write_run(job: Job, seed: int, outcome: Outcome, labels: np.ndarray, seconds
     }
     attention = outcome.attention
     tensors = {"predictions": outcome.predictions, "labels": labels, "rows": job.split.test}
-    _write(
+    write_file(
         folder / f"{stem}.safetensors",
         save_tensors({name: torch.from_numpy(np.array(value, dtype=np.int64)) for name, value in tensors.items()}),
     )
@@ -249,19 +248,10 @@ def write_run(job: Job, seed: int, outcome: Outcome, labels: np.ndarray, seconds
         "protocol": job.protocol.name,
         "identity": job.identities[seed],
     }
-    _write(folder / f"{stem}.json", (json.dumps(run, indent=1, ensure_ascii=False) + "\n").encode())
+    write_json(folder / f"{stem}.json", run)
 
 
 def _depth(attention: AttentionSummary | None) -> dict[str, float | None] | None:
     if attention is None:
         return None
     return {"expected_depth": attention.expected_depth, "entropy": attention.mean_entropy}
-
-
-def _write(path: Path, content: bytes) -> None:
-    staged = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        staged.write_bytes(content)
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)

@@ -32,6 +32,7 @@ from ..configuration_layer_fusion import recipe_bank
 from ..errors import LayerFusionError
 from ..features import LayerFeatures, extract_features
 from ..features.manifest import plain_values
+from ..files import write_json
 from ..images import processed_size
 from ..layout import TokenLayout
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
@@ -132,7 +133,8 @@ def run_study(
     if state.is_main_process:
         for part in parts:
             part.remove_stale(overwrite)
-        _write_json(folder / STUDY_NAME, {**_describe(config, expected), "resolved": resolved})
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / STUDY_NAME, {**_describe(config, expected), "resolved": resolved})
     state.wait_for_everyone()
     # Opened again, one at a time: all backbones of a study together may not fit into memory.
     open_backbone = functools.lru_cache(maxsize=1)(open_study_backbone)
@@ -339,9 +341,8 @@ class _Part:
             return
         cache = next(cache for cache in caches if set(bank.coordinates) <= set(cache.bank.coordinates))
         found = linear_cka(cache.select_bank(bank).select_rows(self.splits[0].test[:SIMILARITY_ROWS]))
-        _write_json(
-            self._similarity, {"backbone": self.backbone.name, "dataset": self.dataset.name, **found.to_dict()}
-        )
+        self._similarity.parent.mkdir(exist_ok=True)
+        write_json(self._similarity, {"backbone": self.backbone.name, "dataset": self.dataset.name, **found.to_dict()})
 
     def _compared_tokens(self) -> TokenBank | None:
         """The pooled block outputs that the recipes read; nothing, if those are of one layer."""
@@ -457,10 +458,3 @@ def _describe(config: StudyConfig, expected: Sequence[RunKey]) -> dict[str, Any]
         "versions": {"hf_layerfusion": __version__, "python": platform.python_version(), **versions},
         "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()},
     }
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    staged.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    staged.replace(path)

@@ -8,7 +8,6 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from transformers.utils import logging
 from ..configuration_layer_fusion import LayerFusionConfig
 from ..errors import LayerFusionError
 from ..features.manifest import describe_difference, plain_values
+from ..files import write_file
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
 from .meter import LOSSES
 from .selection import rank, spread
@@ -259,16 +259,16 @@ class SweepResult:
             # Not by safetensors' own `save_file`, whose files no other user can read.
             content = save_tensors({name: value.contiguous() for name, value in state.items()}, {"format": "pt"})
             digests[seed] = hashlib.sha256(content).hexdigest()
-            _write(folder / head_file(seed), content)
+            write_file(folder / head_file(seed), content)
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, fieldnames=list(self.trials[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.trials)
-        _write(folder / TABLE_NAME, table.getvalue().encode())
+        write_file(folder / TABLE_NAME, table.getvalue().encode())
         if plot:
             self._write_figure(folder / FIGURE_NAME)
         text = json.dumps(self._to_dict(digests), indent=1, allow_nan=False) + "\n"
-        _write(folder / RESULT_NAME, text.encode())
+        write_file(folder / RESULT_NAME, text.encode())
 
     def _write_figure(self, path: Path) -> None:
         figure = io.BytesIO()
@@ -277,7 +277,7 @@ class SweepResult:
         except Exception as error:  # whatever it is, hours of training must not be lost for a figure
             logger.warning(f"{path} is not written: {error}")
         else:
-            _write(path, figure.getvalue())
+            write_file(path, figure.getvalue())
 
     def _to_dict(self, digests: dict[int, str]) -> dict[str, Any]:
         return {
@@ -356,16 +356,6 @@ def _read_head(path: Path, sha256: str) -> dict[str, Tensor]:
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(f"{path.name} is damaged, or of another sweep")
     return load_tensors(content)
-
-
-def _staged(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-
-def _write(path: Path, content: bytes) -> None:
-    staged = _staged(path)
-    staged.write_bytes(content)
-    staged.replace(path)
 
 
 def _finite(value: float) -> float | None:

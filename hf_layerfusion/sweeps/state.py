@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..errors import LayerFusionError
+from ..files import staged_file
 from .stack import Trial
 
 logger = logging.get_logger(__name__)
@@ -105,9 +105,8 @@ def save_state(path: Path, state: SweepState, trials: Sequence[Trial], *, identi
         }
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, staged, metadata={"sweep": record, "sha256": _checksum(record, tensors)})
-    staged.replace(path)
+    with staged_file(path) as staged:
+        save_file(tensors, staged, metadata={"sweep": record, "sha256": _checksum(record, tensors)})
 
 
 def load_state(

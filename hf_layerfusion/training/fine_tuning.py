@@ -25,7 +25,8 @@ from ..anatomy import find_blocks
 from ..backbones import OpenedBackbone, open_backbone, quantization_of, unwrap_backbone
 from ..data import find_image_column, find_label_column, label_options
 from ..errors import LayerFusionError
-from ..features.manifest import describe_difference, plain_values, write_json
+from ..features.manifest import describe_difference, plain_values
+from ..files import write_json
 from ..images import check_images
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
 from ..recipes import find_recipe
