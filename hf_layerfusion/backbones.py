@@ -16,7 +16,7 @@ import transformers
 from accelerate.utils import align_module_device
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, BaseImageProcessor, PreTrainedModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.utils import cached_file, find_adapter_config_file, is_peft_available, logging
 from transformers.utils.hub import extract_commit_hash
@@ -251,6 +251,8 @@ def _load_model(
     name: str, revision: str | None, hub_kwargs: dict[str, Any], kwargs: dict[str, Any]
 ) -> PreTrainedModel:
     base = _base_of_adapter(name, revision, hub_kwargs)
+    # transformers would otherwise ask on the terminal whether code of the repository may be run.
+    hub_kwargs = {"trust_remote_code": False, **hub_kwargs}
     try:
         # Of an adapter, transformers opens the base that it names, and then loads the adapter into it.
         whole_config: Any = AutoConfig.from_pretrained(
@@ -275,7 +277,8 @@ def _load_model(
         # transformers takes the prefix of the tower's weights off for some composites only. Of the others, all is
         # loaded, and all but the tower dropped.
         architectures = getattr(whole_config, "architectures", None) or [None]
-        whole_class = getattr(transformers, str(architectures[0]), AutoModel)
+        named = getattr(transformers, str(architectures[0]), None)
+        whole_class = named if isinstance(named, type) and issubclass(named, PreTrainedModel) else AutoModel
         whole, info = _read_weights(whole_class, name, whole_config, revision, kwargs)
         model = vision_tower_of(whole)
         path = next(path for path, module in whole.named_modules() if module is model)
@@ -375,7 +378,11 @@ def pooler_kwargs(config: Any) -> dict[str, bool]:
 
 
 def open_image_processor(name: str, hub_kwargs: dict[str, Any]) -> Any | None:
-    """The image processor stored in a Hub repository or folder, or `None` if there is none."""
+    """The image processor stored in a Hub repository, a folder or a file, or `None` if there is none.
+
+    Code that comes with it is not run, nor is anybody asked whether to, unless `trust_remote_code` is given.
+    """
+    hub_kwargs = {"trust_remote_code": False, **hub_kwargs}
     try:
         return AutoImageProcessor.from_pretrained(name, **hub_kwargs)
     except (OSError, ValueError):
@@ -387,16 +394,18 @@ def open_image_processor(name: str, hub_kwargs: dict[str, Any]) -> Any | None:
             return None
 
 
-def _pil_processor(name: str, hub_kwargs: dict[str, Any]) -> Any:
-    """The processor's PIL variant where torchvision is missing.
+def _pil_processor(name: str, hub_kwargs: dict[str, Any]) -> Any | None:
+    """The processor's PIL variant where torchvision is missing, `None` for a type that transformers does not know.
 
     Some types (DINOv3's, for one) exist for torchvision only. ViT's PIL processor takes the same settings; what it
     computes differs by rounding.
     """
-    settings, _ = ViTImageProcessorPil.get_image_processor_dict(name, **hub_kwargs)
+    settings, _ = ViTImageProcessorPil.get_image_processor_dict(name, **_without_remote_code(hub_kwargs))
     type_name = str(settings.get("image_processor_type")).removesuffix("Fast")
     pil_class = getattr(transformers, type_name + "Pil", None)
-    if pil_class is not None:
+    if isinstance(pil_class, type) and issubclass(pil_class, BaseImageProcessor):
         return pil_class.from_dict(settings)
+    if not {type_name, f"{type_name}Fast"} & {*dir(transformers)}:
+        return None
     logger.warning(f"{type_name} needs torchvision, which is not installed: ViTImageProcessorPil stands in for it")
     return ViTImageProcessorPil(**{k: v for k, v in settings.items() if k in _VIT_PROCESSOR_SETTINGS})

@@ -11,6 +11,9 @@ from .layout import TokenLayout
 
 LayerSpec = int | str | Sequence[int] | None
 
+# Twice the tokens of all 24 layers at 1024 pixels and 14 a patch. Each takes a hundred bytes, and its name as many.
+MAX_TOKENS = 2**18
+
 
 class TokenCoordinate(NamedTuple):
     """Where one token of the bank comes from.
@@ -60,7 +63,8 @@ def resolve_layers(spec: LayerSpec, num_layers: int) -> list[int]:
             if colon:
                 ends = [int(first) if first else 1, int(last) if last else num_layers]
                 start, end = (layer if layer >= 0 else num_layers + 1 + layer for layer in ends)
-                spec = list(range(start, end + 1))
+                # A list as long as a config says could fill the memory; one end of such a range is out of range.
+                spec = list(range(start, end + 1)) if end - start <= 2 * num_layers else [start, end]
             else:
                 spec = [int(part) for part in spec.split(",")]
         except ValueError as error:
@@ -127,9 +131,9 @@ class TokenBank:
             image_size: height and width in pixels, which decide the number of patches; `None` for the native size.
 
         Raises:
-            LayerFusionError: for `"tokens"` where the number of patches is not known.
+            LayerFusionError: for `"tokens"` where the number of patches is not known, and for more tokens than fit.
         """
-        coordinates = []
+        coordinates: list[TokenCoordinate] = []
         for layer in layers:
             for module in modules:
                 if not layout.width(layer, module):
@@ -140,7 +144,13 @@ class TokenBank:
                 names: list[str] = []
                 for pool in pools:
                     if pool == "tokens":
-                        names += ["cls", *map(patch_pool, range(layout.num_patches(layer, image_size)))]
+                        num_patches = layout.num_patches(layer, image_size)
+                        if len(coordinates) + len(names) + num_patches > MAX_TOKENS:
+                            raise LayerFusionError(
+                                f"pools=['tokens'] gives more than {MAX_TOKENS} tokens at layer {layer} for images of "
+                                f"{list(image_size or layout.image_size or ())}: choose fewer layers or smaller images"
+                            )
+                        names += ["cls", *map(patch_pool, range(num_patches))]
                     else:
                         names.append(pool)
                 there = [pool for pool in names if pool != "cls" or layout.has_cls_at(layer, module)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +13,36 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .bank import TokenBank, resolve_layers
 from .errors import LayerFusionError
-from .layout import MODULES, TokenLayout
+from .hub.safety import FLOAT_TYPES, MAX_LABELS, check_backbone_values, check_dtype
+from .layout import MAX_SIDE, MODULES, TokenLayout
 from .pooling import POOLS
 from .recipes import Recipe, find_recipe
+from .version import __version__
 
 HEAD_TYPES = ("attentive", "linear", "scalar_mix")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 NORMALIZATIONS = ("l2", "none")
 WIDTH_ALIGNMENTS = ("pad", "project")
+
+MAX_QUERIES = 2**12
+MAX_HEAD_DIM_MULTIPLIER = 2**8
+
+# Fields of transformers' configs that Trainer and older versions write, and that mean nothing to a head.
+_IDLE = (
+    *("use_cache", "is_decoder", "add_cross_attention", "tie_word_embeddings", "tie_encoder_decoder", "torchscript"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id", "pruned_heads"),
+    *("cross_attention_hidden_size", "finetuning_task", "task_specific_params", "tokenizer_class", "prefix"),
+    *("output_attentions", "use_bfloat16", "tf_legacy_loss", "_commit_hash", "is_encoder_decoder"),
+)
+# Fields that make transformers fetch or run something, and what to say of them.
+_FOREIGN = {
+    "auto_map": "it asks for code of its own to be run, which no head needs",
+    "attn_implementation": "it may name code from elsewhere: pass attn_implementation= yourself",
+    "_attn_implementation": "it may name code from elsewhere: pass attn_implementation= yourself",
+    "configuration_files": "a head has one config.json, and no others",
+    "transformers_weights": "a head's weights are in model.safetensors",
+    "quantization_config": "heads are not quantised; a backbone's settings stand in backbone_config",
+}
 
 
 class LayerFusionConfig(PreTrainedConfig):
@@ -114,7 +138,29 @@ class LayerFusionConfig(PreTrainedConfig):
             raise LayerFusionError(f"problem_type {value!r} is unknown: choose from {PROBLEM_TYPES}")
         super().__setattr__(name, value)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config that a file holds, which may come from anybody.
+
+        Raises:
+            LayerFusionError: for a field that is not known, one that would fetch or run code, or a value that cannot work.
+        """
+        _check_fields(config_dict)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (LayerFusionError, MemoryError):
+            raise
+        except Exception as error:  # what transformers raises for values of the wrong kind is no closed list
+            raise LayerFusionError(f"this config.json cannot be used: {type(error).__name__}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON keeps it, with the version of this library, so that a later field can be told from a mistake."""
+        return {**super().to_dict(), "hf_layerfusion_version": __version__}
+
     def __post_init__(self, **kwargs):
+        # They belong to files: the one was checked, and the other is written anew.
+        for name in ("checksums", "hf_layerfusion_version"):
+            kwargs.pop(name, None)
         recipe = find_recipe(self.recipe)
         if recipe.kind == "estimator":
             raise LayerFusionError(
@@ -129,7 +175,8 @@ class LayerFusionConfig(PreTrainedConfig):
         self._check_values()
 
     def _fill_from_recipe(self, recipe: Recipe) -> None:
-        layout = TokenLayout(**self.token_layout) if self.token_layout else _plain_layout(self.backbone_config)
+        measured = self.token_layout
+        layout = _plain_layout(self.backbone_config) if measured is None else TokenLayout.from_dict(measured)
         self.token_layout = layout.to_dict()
         self.head_type = self.head_type or recipe.head_type
         chosen = _adapted(recipe, layout, self.layers, self.modules, self.pools, self.head_type)
@@ -151,6 +198,7 @@ class LayerFusionConfig(PreTrainedConfig):
                 setattr(self, option, value)
 
     def _check_values(self) -> None:
+        self._check_kinds()
         _check_choices("modules", self.modules, MODULES)
         if absent := [module for module in self.modules if module not in self.layout.modules]:
             raise LayerFusionError(
@@ -181,9 +229,14 @@ class LayerFusionConfig(PreTrainedConfig):
         for name in ("num_queries", "head_dim_multiplier", "num_heads"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
-                raise LayerFusionError(f"{name}={value!r}: use 1 or more")
+                raise LayerFusionError(f"{name}={reprlib.repr(value)}: use 1 or more")
+        for name, limit in {"num_queries": MAX_QUERIES, "head_dim_multiplier": MAX_HEAD_DIM_MULTIPLIER}.items():
+            if getattr(self, name) > limit:
+                raise LayerFusionError(f"{name}={reprlib.repr(getattr(self, name))}: use at most {limit}")
         if self.num_heads is not None and self.num_heads > self.hidden_size:
             raise LayerFusionError(f"num_heads={self.num_heads} does not fit tokens of width {self.hidden_size}")
+        if self.class_weights is not None and not isinstance(self.class_weights, list | tuple):
+            raise LayerFusionError(f"class_weights={reprlib.repr(self.class_weights)}: give one number per class")
         if self.class_weights is not None and len(self.class_weights) != self.num_labels:
             raise LayerFusionError(
                 f"class_weights has {len(self.class_weights)} entries, but num_labels is {self.num_labels}"
@@ -191,10 +244,25 @@ class LayerFusionConfig(PreTrainedConfig):
         if self.class_weights is not None and not all(_is_number(w) and w >= 0 for w in self.class_weights):
             raise LayerFusionError(f"class_weights={self.class_weights} must be 0 or positive numbers")
 
+    def _check_kinds(self) -> None:
+        """Fields that no arithmetic reads, but files and messages do."""
+        for name in ("freeze_backbone", "includes_backbone"):
+            if not isinstance(getattr(self, name), bool):
+                raise LayerFusionError(f"{name}={reprlib.repr(getattr(self, name))}: use True or False")
+        for name in ("backbone_name_or_path", "backbone_revision"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or "\0" in value):
+                raise LayerFusionError(f"{name}={reprlib.repr(value)}: give a name, or leave it out")
+        # huggingface_hub keeps a file of this name in its cache.
+        revision = self.backbone_revision
+        if revision is not None and (".." in revision or not re.fullmatch(r"[\w][\w./-]*", revision)):
+            raise LayerFusionError(f"backbone_revision={reprlib.repr(revision)}: give a commit, a branch or a tag")
+        _check_fingerprint(self.backbone_fingerprint)
+
     @property
     def layout(self) -> TokenLayout:
         """The layout of the backbone's activations."""
-        return TokenLayout(**self.token_layout)
+        return TokenLayout.from_dict(self.token_layout)
 
     @property
     def num_backbone_layers(self) -> int:
@@ -271,25 +339,79 @@ def _adapted(
     return layers, modules, _as_list(pools)
 
 
+def _check_fields(values: Mapping[str, Any]) -> None:
+    """Refuse fields of a file that this version does not know: they may change what the head computes."""
+    for name, reason in _FOREIGN.items():
+        if values.get(name) is not None:
+            raise LayerFusionError(f"this config.json has {name}={reprlib.repr(values[name])}: {reason}")
+    known = {*LayerFusionConfig.__dataclass_fields__, *_IDLE, *_FOREIGN}
+    known |= {"_name_or_path", "name_or_path", "num_labels", "torch_dtype", "checksums", "hf_layerfusion_version"}
+    unknown = sorted(str(name) for name in values if name not in known)
+    if unknown:
+        writer = values.get("hf_layerfusion_version")
+        shown = ", ".join(map(reprlib.repr, unknown[:5])) + (" and more" if len(unknown) > 5 else "")
+        if isinstance(writer, str) and writer != __version__:
+            advice = (
+                f"version {reprlib.repr(writer)} of hf_layerfusion wrote the file, and this is {__version__}: upgrade"
+            )
+        else:
+            advice = f"hf_layerfusion {__version__} writes no such field: the file was edited"
+        raise LayerFusionError(f"this config.json has the unknown field {shown}; {advice}")
+    for name in ("dtype", "torch_dtype"):
+        check_dtype(name, values.get(name))
+
+
+def _check_fingerprint(values: Any) -> None:
+    """As `WeightFingerprint.to_dict` gives it, or none."""
+    if values is None:
+        return
+    parts = values.get("parts") if isinstance(values, Mapping) else None
+    is_whole = (
+        isinstance(parts, Mapping)
+        and all(isinstance(text, str) for part in parts.items() for text in part)
+        and isinstance(values.get("digest"), str)
+        and values.get("dtype") in FLOAT_TYPES
+        and isinstance(values.get("quantization"), str | None)
+    )
+    if not is_whole:
+        raise LayerFusionError(f"backbone_fingerprint={reprlib.repr(values)} is none: leave it out, or put it right")
+
+
 def _as_size(value: Any) -> list[int]:
     """Height and width; one number is both."""
     sides = [value, value] if isinstance(value, int) else list(value) if isinstance(value, list | tuple) else []
-    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
-        raise LayerFusionError(f"image_size={value!r}: give height and width in pixels, or one number for both")
+    if len(sides) != 2 or not all(type(side) is int and 0 < side <= MAX_SIDE for side in sides):
+        raise LayerFusionError(
+            f"image_size={reprlib.repr(value)}: give height and width in pixels, or one number for both"
+        )
     return sides
 
 
 def _as_config(value: dict | PreTrainedConfig | None) -> PreTrainedConfig:
     if isinstance(value, PreTrainedConfig):
         return deepcopy(value)  # a live model's config must not change with ours
+    if value is not None and not isinstance(value, Mapping):
+        raise LayerFusionError(f"backbone_config={reprlib.repr(value)}: give a config, or its dict")
     values = dict(value or {"model_type": "vit"})
     model_type = values.pop("model_type", None)
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise LayerFusionError(
-            f"backbone_config has model_type {model_type!r}, which this version of transformers does not know: "
+            f"backbone_config has model_type {reprlib.repr(model_type)}, which this version of transformers does not know: "
             "upgrade transformers, or check the config"
         )
-    return CONFIG_MAPPING[model_type](**values)
+    check_backbone_values(values)
+    values.pop("auto_map", None)  # of a model that transformers knows by now, so that its code is not needed
+    config_class = CONFIG_MAPPING[model_type]
+    if hidden := sorted(key for key in values if callable(getattr(config_class, key, None))):
+        raise LayerFusionError(f"backbone_config has a field {reprlib.repr(hidden[0])}, which no config has")
+    try:
+        return config_class(**values)
+    except MemoryError:
+        raise
+    except Exception as error:  # some hundred classes, each with checks of its own
+        raise LayerFusionError(
+            f"backbone_config is no config of a {model_type!r} model: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _plain_layout(backbone_config: PreTrainedConfig) -> TokenLayout:
@@ -311,7 +433,9 @@ def _plain_layout(backbone_config: PreTrainedConfig) -> TokenLayout:
     )
 
 
-def _as_list(values: str | Sequence[str]) -> list[str]:
+def _as_list(values: Any) -> list[str]:
+    if not isinstance(values, str | list | tuple):
+        raise LayerFusionError(f"modules and pools are lists of names, not {reprlib.repr(values)}")
     return [values] if isinstance(values, str) else list(values)
 
 
@@ -323,20 +447,27 @@ def _check_choices(name: str, values: Sequence[str], legal: Sequence[str]) -> No
     if not values:
         raise LayerFusionError(f"{name} is empty: choose from {list(legal)}")
     for value in values:
-        if value not in legal:
-            raise LayerFusionError(f"{name} {value!r} is unknown: choose from {list(legal)}")
+        if not isinstance(value, str) or value not in legal:
+            raise LayerFusionError(f"{name} {reprlib.repr(value)} is unknown: choose from {list(legal)}")
     if len(set(values)) != len(values):
         raise LayerFusionError(f"{name}={list(values)} names a value twice")
 
 
-def _check_label_maps(id2label: dict | None, label2id: dict | None, num_labels: int | None) -> None:
-    if num_labels is not None and num_labels < 1:
-        raise LayerFusionError(f"num_labels={num_labels}: use 1 or more")
+def _check_label_maps(id2label: Any, label2id: Any, num_labels: Any) -> None:
+    if num_labels is not None and (not isinstance(num_labels, int) or not 1 <= num_labels <= MAX_LABELS):
+        raise LayerFusionError(f"num_labels={reprlib.repr(num_labels)}: use 1 or more, up to {MAX_LABELS}")
+    for name, labels in {"id2label": id2label, "label2id": label2id}.items():
+        if labels is not None and not isinstance(labels, Mapping):
+            raise LayerFusionError(f"{name}={reprlib.repr(labels)}: give a mapping")
     if id2label is None:
         return
+    if not all(str(key).isascii() and str(key).isdigit() for key in id2label):
+        raise LayerFusionError(f"id2label numbers its labels {reprlib.repr(list(id2label))}: use 0, 1, 2, ...")
+    if bad := [label for label in id2label.values() if not isinstance(label, str | int | float | None)]:
+        raise LayerFusionError(f"id2label has a label {reprlib.repr(bad[0])}: use text")
     ids = sorted(int(key) for key in id2label)
-    if ids != list(range(len(ids))):
-        raise LayerFusionError(f"id2label must number its labels 0 to {len(ids) - 1}, but has {ids}")
+    if not ids or ids != list(range(len(ids))):
+        raise LayerFusionError(f"id2label must number its labels 0 to {len(ids) - 1}, but has {reprlib.repr(ids)}")
     if num_labels is not None and num_labels != len(ids):
         raise LayerFusionError(f"num_labels={num_labels}, but id2label names {len(ids)} labels: give one of them")
     if label2id is not None and len(label2id) != len(ids):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 from .errors import LayerFusionError
 
@@ -15,6 +16,11 @@ MODULES = (*BLOCK_MODULES, "final_norm", "pooler")
 KINDS = ("tokens", "channels_first", "channels_last", "vector")
 READINGS = ("blocks", "hidden_states")
 BATCHINGS = ("plain", "windows", "packed", "sequence_first")
+
+# Three times the deepest, and five times the widest, that is known; a stranger's config may ask for anything.
+MAX_LAYERS = 512
+MAX_WIDTH = 2**18
+MAX_SIDE = 2**16
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class TapLayout:
     widths: tuple[int, ...]
 
     def __post_init__(self):
-        object.__setattr__(self, "widths", tuple(int(width) for width in self.widths))
+        object.__setattr__(self, "widths", _counts("widths", self.widths, MAX_WIDTH))
         _check("kind", self.kind, KINDS)
 
 
@@ -74,32 +80,47 @@ class TokenLayout:
 
     def __post_init__(self):
         # JSON gives dicts and lists back.
-        taps = {name: tap if isinstance(tap, TapLayout) else TapLayout(**tap) for name, tap in self.taps.items()}
-        object.__setattr__(self, "taps", taps)
-        if "block" not in taps:
-            raise LayerFusionError(f"the token layout describes {list(taps)}, but not the blocks' output")
-        for name in taps:
+        if not isinstance(self.taps, (dict, Mapping)) or "block" not in self.taps:
+            described = list(self.taps) if isinstance(self.taps, Mapping) else self.taps
+            raise LayerFusionError(f"the token layout describes {reprlib.repr(described)}, but not the blocks' output")
+        for name in self.taps:
             _check("module", name, MODULES)
+        taps = {
+            name: tap if isinstance(tap, TapLayout) else _from_dict(TapLayout, tap) for name, tap in self.taps.items()
+        }
+        object.__setattr__(self, "taps", taps)
+        if not 1 <= self.num_layers <= MAX_LAYERS:
+            raise LayerFusionError(f"the token layout has {self.num_layers} layers: use 1 to {MAX_LAYERS}")
         _check("reading", self.reading, READINGS)
         _check("batching", self.batching, BATCHINGS)
         for name in ("num_prefix_tokens", "num_suffix_tokens"):
             object.__setattr__(self, name, _per_layer(getattr(self, name), self.num_layers + 1, name))
-        grids = tuple(None if grid is None else (int(grid[0]), int(grid[1])) for grid in self.grids)
+        if not isinstance(self.grids, list | tuple):
+            raise LayerFusionError(f"token layout grids is {reprlib.repr(self.grids)}: give one for each hidden state")
+        grids = tuple(None if grid is None else _sides("grids", grid) for grid in self.grids)
         object.__setattr__(self, "grids", grids or (None,) * (self.num_layers + 1))
         for name, values in {"grids": self.grids, **{name: tap.widths for name, tap in taps.items()}}.items():
             if len(values) != self.num_layers + 1:
                 raise LayerFusionError(
                     f"token layout {name} has {len(values)} entries, but there are {self.num_layers + 1} hidden states"
                 )
-        if self.cls_token is not None and not -max(self.num_suffix_tokens) <= self.cls_token < max(
-            self.num_prefix_tokens
+        if self.cls_token is not None and not (
+            type(self.cls_token) is int
+            and -max(self.num_suffix_tokens) <= self.cls_token < max(self.num_prefix_tokens)
         ):
             raise LayerFusionError(
-                f"token layout cls_token is {self.cls_token}, but there are at most {max(self.num_prefix_tokens)} tokens "
+                f"token layout cls_token is {reprlib.repr(self.cls_token)}, but there are at most {max(self.num_prefix_tokens)} tokens "
                 f"before the patches and {max(self.num_suffix_tokens)} after them"
             )
         if self.image_size is not None:
-            object.__setattr__(self, "image_size", (int(self.image_size[0]), int(self.image_size[1])))
+            object.__setattr__(self, "image_size", _sides("image_size", self.image_size))
+        for name, kinds in _KINDS_OF_VALUES.items():
+            if not isinstance(getattr(self, name), kinds):
+                raise LayerFusionError(f"token layout {name} is {reprlib.repr(getattr(self, name))}")
+        if type(self.first_hidden_state) is not int or not -MAX_LAYERS <= self.first_hidden_state <= MAX_LAYERS:
+            raise LayerFusionError(
+                f"token layout first_hidden_state is {reprlib.repr(self.first_hidden_state)}: give a position"
+            )
 
     @property
     def num_layers(self) -> int:
@@ -153,7 +174,7 @@ class TokenLayout:
         return tuple(name for name in MODULES if name in self.taps and any(self.taps[name].widths))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON keeps it; `TokenLayout(**values)` reads it back."""
+        """As JSON keeps it; `from_dict` reads it back."""
         return {
             "taps": {name: {"kind": tap.kind, "widths": list(tap.widths)} for name, tap in self.taps.items()},
             "num_prefix_tokens": list(self.num_prefix_tokens),
@@ -168,6 +189,15 @@ class TokenLayout:
             "attention_in_windows": self.attention_in_windows,
             "batching": self.batching,
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TokenLayout:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            LayerFusionError: for an unknown field or a value that cannot be.
+        """
+        return _from_dict(cls, values)
 
     @classmethod
     def of_plain_vit(
@@ -190,15 +220,46 @@ class TokenLayout:
         return cls(taps, (1,), cls_token=0, grids=(grid,) * (num_layers + 1), image_size=(image_size, image_size))
 
 
+_Layout = TypeVar("_Layout", TapLayout, TokenLayout)
+_KINDS_OF_VALUES = {"tower": (str,), "final_norm": (str, type(None)), "attention_in_windows": (bool,)}
+_FIELDS = {layout: frozenset(entry.name for entry in fields(layout)) for layout in (TapLayout, TokenLayout)}
+_REQUIRED = {TapLayout: {"kind", "widths"}, TokenLayout: {"taps"}}
+
+
+def _from_dict(layout: type[_Layout], values: Any) -> _Layout:
+    if not isinstance(values, (dict, Mapping)) or not _REQUIRED[layout] <= values.keys() <= _FIELDS[layout]:
+        raise LayerFusionError(
+            f"token layout {reprlib.repr(values)}: give {', '.join(sorted(_REQUIRED[layout]))}, and nothing but "
+            f"{', '.join(sorted(_FIELDS[layout]))}"
+        )
+    return layout(**values)
+
+
 def _check(field_name: str, value: str, legal: Sequence[str]) -> None:
-    if value not in legal:
-        raise LayerFusionError(f"token layout {field_name} {value!r} is unknown: use one of {legal}")
+    if not isinstance(value, str) or value not in legal:
+        raise LayerFusionError(f"token layout {field_name} {reprlib.repr(value)} is unknown: use one of {legal}")
+
+
+def _counts(name: str, values: Any, limit: int) -> tuple[int, ...]:
+    # A head asks for its layout in every forward pass, so this is no loop.
+    is_list = type(values) in (list, tuple) and {*map(type, values)} <= {int}
+    if not is_list or (values and not 0 <= min(values) <= max(values) <= limit):
+        raise LayerFusionError(f"token layout {name} is {reprlib.repr(values)}: give numbers from 0 to {limit}")
+    return tuple(values)
+
+
+def _sides(name: str, values: Any) -> tuple[int, int]:
+    """Height and width."""
+    sides = _counts(name, values, MAX_SIDE)
+    if len(sides) != 2 or 0 in sides:
+        raise LayerFusionError(f"token layout {name} is {reprlib.repr(values)}: give height and width")
+    return sides[0], sides[1]
 
 
 def _per_layer(values: int | Sequence[int], length: int, name: str) -> tuple[int, ...]:
-    numbers = (values,) if isinstance(values, int) else tuple(int(value) for value in values)
+    numbers = _counts(name, [values] if isinstance(values, int) else values, MAX_WIDTH)
     if len(numbers) == 1:
         numbers *= length
-    if len(numbers) != length or min(numbers) < 0:
+    if len(numbers) != length:
         raise LayerFusionError(f"token layout {name} is {numbers}, but there are {length} hidden states")
     return numbers

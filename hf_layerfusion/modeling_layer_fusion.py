@@ -24,16 +24,22 @@ from .backbones import (
     execution_device,
     has_adapters,
     open_backbone,
-    open_image_processor,
     quantization_of,
 )
 from .bank import TokenBank
-from .checkpoints import BACKBONE_PREFIX, check_checkpoint, hub_options, open_config, open_pinned_backbone
+from .checkpoints import (
+    BACKBONE_PREFIX,
+    hub_options,
+    open_config,
+    open_pinned_backbone,
+    read_head,
+    write_checksums,
+)
 from .configuration_layer_fusion import HEAD_OPTIONS, LayerFusionConfig
 from .errors import LayerFusionError
 from .heads import AttentiveFusionHead, LinearHead, ScalarMixHead, WidthProjection, build_parts
 from .hub.cards import write_card
-from .hub.push import check_shareable, pin_backbone, push_folder
+from .hub.push import check_shareable, hub_id, pin_backbone, push_folder
 from .images import processed_size, resize_processor
 from .losses import classification_loss
 from .noise import add_noise_
@@ -351,6 +357,7 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         if kwargs.get("is_main_process", True):
             if self.image_processor is not None:
                 self.image_processor.save_pretrained(save_directory)
+            write_checksums(save_directory)
             write_card(save_directory, self.config, self.training_summary, _count_parameters(self.head))
         if push_to_hub:
             self.push_to_hub(repo_id or Path(save_directory).name, include_backbone=include_backbone, **pushing)
@@ -387,11 +394,10 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
 
         Raises:
             LayerFusionError: if the backbone is in a folder of this machine and no Hub id is named for it, without a
-                token or the right to write, or if the upload fails. Nothing of it can then be seen on the Hub.
+                token or the right to write, or if the upload fails. The repository then holds all of it or nothing.
         """
         bundled = not self.config.freeze_backbone if include_backbone is None else include_backbone
-        naming = nullcontext() if bundled else self._pinned(backbone_id, token)
-        with naming, tempfile.TemporaryDirectory() as folder:
+        with self._named_for_others(backbone_id, bundled, token), tempfile.TemporaryDirectory() as folder:
 
             def write(repo: str) -> Path:
                 summary, self.training_summary = self.training_summary, {**self.training_summary, "repo_id": repo}
@@ -413,19 +419,24 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         return commit.pr_url or commit.commit_url
 
     @contextmanager
-    def _pinned(self, backbone_id: str | None, token: str | bool | None) -> Iterator[None]:
-        """Name the backbone as others find it, with a commit, while the head is written for them."""
-        config = self.config
-        here = config.backbone_name_or_path, config.backbone_revision
-        if backbone_id is None:
-            check_shareable(config)
-        if backbone_id is not None or config.backbone_revision is None:
-            named = backbone_id or str(config.backbone_name_or_path)
-            config.backbone_name_or_path, config.backbone_revision = named, pin_backbone(named, token)
+    def _named_for_others(self, backbone_id: str | None, bundled: bool, token: str | bool | None) -> Iterator[None]:
+        """Name the backbone as others find it, with a commit, while the head is written for them; never by a folder."""
+        config, nested = self.config, self.config.backbone_config
+        here = config.backbone_name_or_path, config.backbone_revision, nested._name_or_path
+        name, revision, _ = here
+        if bundled:
+            name, revision = (name, revision) if hub_id(name) else (None, None)
+        else:
+            if backbone_id is None:
+                check_shareable(config)
+            if backbone_id is not None or revision is None:
+                name = backbone_id or str(name)
+                revision = pin_backbone(name, token)
+        config.backbone_name_or_path, config.backbone_revision, nested._name_or_path = name, revision, name or ""
         try:
             yield
         finally:
-            config.backbone_name_or_path, config.backbone_revision = here
+            config.backbone_name_or_path, config.backbone_revision, nested._name_or_path = here
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -468,22 +479,22 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         cls, name: str, *model_args: Any, config: LayerFusionConfig, **kwargs: Any
     ) -> tuple[ViTForAttentiveLayerFusionClassification, dict[str, Any]]:
         """A checked head without its backbone, its image processor, and transformers' loading report."""
-        hub_kwargs = hub_options(kwargs)
-        check_checkpoint(name, config, hub_kwargs)
-        kwargs.pop("use_safetensors", None)
+        tensors, image_processor = read_head(name, config, hub_options(kwargs))
         # Where the backbone is put and how it computes says nothing about the head, which is small.
         for_head = {key: value for key, value in kwargs.items() if key == "dtype" or key not in LOADING_OPTIONS}
+        # Given tensors and no name, transformers looks for no other files: no adapters, shards or generation settings.
         loaded: Any = super().from_pretrained(
-            name,
+            None,
             *model_args,
             config=config,
+            state_dict=tensors,
             with_backbone=False,
-            use_safetensors=True,
             output_loading_info=True,
             **for_head,
         )
         model, info = loaded
-        model.image_processor = open_image_processor(name, hub_kwargs)
+        model.name_or_path = model.config.name_or_path = name
+        model.image_processor = image_processor
         return model, info
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
 from transformers import AutoModelForImageClassification
@@ -35,13 +36,13 @@ def beans(rows):
 
 @pytest.mark.slow
 def test_python_blocks_run_as_they_stand(hub, save_backbone, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(hub, "namespaces", {*hub.namespaces, "facebook", "AI-Lab-Makerere"})
+    monkeypatch.setattr(hub, "namespaces", {*hub.namespaces, "facebook", "AI-Lab-Makerere", "user"})
     hub.upload_folder(save_backbone(tmp_path / "backbone"), "facebook/dinov2-small")
     DatasetDict({"train": beans(48), "test": beans(24)}).push_to_hub("AI-Lab-Makerere/beans")
     monkeypatch.chdir(tmp_path)
     beans(3)[2]["image"].save("picture.png")
     names: dict = {}
-    train, load, choose = blocks("python")
+    train, load, choose, share = blocks("python")
     exec(train, names)
     assert names["trainer"].state.global_step == 40
     assert "eval_balanced_accuracy" in capsys.readouterr().out
@@ -52,12 +53,20 @@ def test_python_blocks_run_as_they_stand(hub, save_backbone, tmp_path, monkeypat
     monkeypatch.setattr(training_run, "MIN_STEPS", 2)
     exec(choose, names)
     assert f"best of {63 + 21} settings" in capsys.readouterr().out
-    assert AutoModelForImageClassification.from_pretrained("best-head").config.recipe == names["found"].best.recipe
+    model = AutoModelForImageClassification.from_pretrained("best-head")
+    assert model.config.recipe == names["found"].best.recipe
+    model.push_to_hub("user/birds")
+    names["pixel_values"] = torch.zeros(2, 3, 16, 16)
+    exec(share, names)
+    assert {name: output.logits.shape for name, output in names["outputs"].items()} == {
+        "user/flowers": (2, 3),
+        "user/birds": (2, 3),
+    }
 
 
 def test_commands_parse():
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("layerfusion ")]
-    assert len(commands) == 10
+    assert len(commands) == 13
     for command in commands:
         assert callable(build_parser().parse_args(shlex.split(command)[1:]).run)
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from ..errors import LayerFusionError
 from ..version import __version__
-from . import cache, evaluate, explain, extract, info, predict, study, sweep, train
+from . import cache, demo, evaluate, explain, extract, info, predict, push, study, sweep, train
 from .options import OptionsError
 
-COMMANDS = (info, extract, cache, sweep, train, evaluate, predict, explain, study)
+COMMANDS = (info, extract, cache, sweep, train, evaluate, predict, explain, study, push, demo)
 
 EPILOG = """\
 a first session:

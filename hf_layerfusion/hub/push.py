@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, get_token
 from huggingface_hub.errors import (
     BadRequestError,
     HfHubHTTPError,
-    HFValidationError,
     LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
     RevisionNotFoundError,
 )
 
@@ -55,32 +56,57 @@ def push_folder(
         The commit; of a pull request, with its address.
 
     Raises:
-        LayerFusionError: without a token, without the right to write, for a bad name, or if the upload fails. The
-            commit comes last, so that nothing of a failed upload can be seen.
+        LayerFusionError: without a token, without the right to write, for a bad name, or if the upload fails.
+            The commit comes last, so that the repository holds all of an upload or nothing.
     """
     if token is False or (token in (None, True) and get_token() is None):
         raise LayerFusionError(
             f"pushing to {repo_id!r} needs a token that may write: log in with `hf auth login`, set HF_TOKEN, or pass token="
         )
+    if create_pr and revision not in (None, "main"):
+        raise LayerFusionError(f"create_pr opens a pull request to main, not to {revision!r}: leave one of them out")
     api = HfApi(token=token)
-    try:
+    with _hub_errors(repo_id):
         repo = api.create_repo(
             repo_id, repo_type=repo_type, space_sdk=space_sdk, private=private, exist_ok=True
         ).repo_id
+        if private and not api.repo_info(repo, repo_type=repo_type).private:
+            raise LayerFusionError(
+                f"{repo!r} is public already: leave private out, or make it private on the Hub first"
+            )
         if revision is not None and not create_pr and not revision.startswith("refs/"):
             _create_missing_branch(api, repo, repo_type, revision)
+    folder = write(repo)
+    with _hub_errors(repo_id):
         return api.upload_folder(
             repo_id=repo,
             repo_type=repo_type,
-            folder_path=write(repo),
+            folder_path=folder,
             commit_message=commit_message,
             revision=revision,
             create_pr=create_pr,
         )
-    except (HFValidationError, LocalTokenNotFoundError) as error:
-        raise LayerFusionError(f"cannot push to {repo_id!r}: {error}") from error
+
+
+@contextmanager
+def _hub_errors(repo_id: str) -> Iterator[None]:
+    """Say what errors of the client mean.
+
+    Raises:
+        LayerFusionError: instead of any of them.
+    """
+    try:
+        yield
+    except LayerFusionError:
+        raise
     except HfHubHTTPError as error:
         raise LayerFusionError(f"cannot push to {repo_id!r}: {_reason(error)}") from error
+    # A ValueError is a bad name, or metadata of the card that the Hub does not take.
+    except (ValueError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
+        raise LayerFusionError(f"cannot push to {repo_id!r}: {error}") from error
+    # A broken connection is an error of httpx or httpx2; LFS wraps it in a RuntimeError; Xet has errors of its own.
+    except Exception as error:
+        raise LayerFusionError(f"cannot push to {repo_id!r}: {_interrupted(error.__cause__ or error)}") from error
 
 
 def check_shareable(config: LayerFusionConfig) -> None:
@@ -107,7 +133,7 @@ def pin_backbone(backbone_id: str, token: str | bool | None = None) -> str:
         raise LayerFusionError(f"backbone_id={backbone_id!r} is no Hub id: give one such as 'facebook/dinov2-small'")
     try:
         return str(HfApi(token=token).model_info(backbone_id).sha)
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # httpx's errors among them, which are no OSError
         raise LayerFusionError(f"backbone_id={backbone_id!r} cannot be found on the Hub: {error}") from error
 
 
@@ -128,7 +154,12 @@ def _reason(error: HfHubHTTPError) -> str:
         404: "there is no such repository, or the token may not see it",
     }
     if status in words:
-        return f"{words[status]}: {error}"
+        return f"{words[status]}: {error.server_message or error}"
     if isinstance(error, BadRequestError):
-        return f"the Hub refuses it: {error}"
-    return f"the upload failed and nothing of it can be seen; push again: {error}"
+        return f"the Hub refuses it: {error.server_message or error}"
+    return _interrupted(error)
+
+
+def _interrupted(error: BaseException) -> str:
+    # The answer to a commit may be lost, too.
+    return f"the upload failed, and the repository holds all of it or nothing: push again ({error})"
