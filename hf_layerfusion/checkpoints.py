@@ -32,6 +32,7 @@ from .errors import LayerFusionError
 from .files import write_file
 from .heads import build_parts
 from .hub.push import hub_id
+from .hub.record import RECORD_NAME, load_record
 from .hub.safety import (
     StoredTensor,
     check_processor_values,
@@ -132,6 +133,15 @@ def read_head(
     compare_checksum(checksums, "settings", settings_digest(values), f"config.json of {name_or_path}")
     compare_checksum(checksums, "head", tensor_digest(tensors), f"the head in {files[0]}")
     return tensors, _read_processor(name_or_path, checksums, hub_kwargs)
+
+
+def read_summary(name_or_path: str, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The training record of a head, `{}` if there is none that can be read: it does nothing for the head."""
+    try:
+        return load_record(find_file(name_or_path, RECORD_NAME, hub_kwargs))
+    except (OSError, LayerFusionError) as error:
+        logger.warning(f"the training record of {name_or_path} is left out: {error}")
+        return {}
 
 
 def write_checksums(folder: str | Path) -> None:

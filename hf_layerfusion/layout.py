@@ -257,9 +257,10 @@ def _sides(name: str, values: Any) -> tuple[int, int]:
 
 
 def _per_layer(values: int | Sequence[int], length: int, name: str) -> tuple[int, ...]:
-    numbers = _counts(name, [values] if isinstance(values, int) else values, MAX_WIDTH)
-    if len(numbers) == 1:
-        numbers *= length
+    each = (values,) if isinstance(values, int) else values
+    numbers = _counts(
+        name, tuple(each) * length if isinstance(each, list | tuple) and len(each) == 1 else each, MAX_WIDTH
+    )
     if len(numbers) != length:
         raise LayerFusionError(f"token layout {name} is {numbers}, but there are {length} hidden states")
     return numbers

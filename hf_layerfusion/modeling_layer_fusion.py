@@ -33,6 +33,7 @@ from .checkpoints import (
     open_config,
     open_pinned_backbone,
     read_head,
+    read_summary,
     write_checksums,
 )
 from .configuration_layer_fusion import HEAD_OPTIONS, LayerFusionConfig
@@ -40,6 +41,7 @@ from .errors import LayerFusionError
 from .heads import AttentiveFusionHead, LinearHead, ScalarMixHead, WidthProjection, build_parts
 from .hub.cards import write_card
 from .hub.push import check_shareable, hub_id, pin_backbone, push_folder
+from .hub.safety import tensor_digest
 from .images import processed_size, resize_processor
 from .losses import classification_loss
 from .noise import add_noise_
@@ -97,6 +99,8 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         self.backbone: Any = None
         self.image_processor: Any | None = None
         self.training_summary: dict[str, Any] = {}
+        self._loaded_summary: dict[str, Any] | None = None
+        self._loaded_digest = ""
         self._frozen_names: set[str] = set()
         self._pooler_names: set[str] = set()
         if with_backbone:
@@ -358,9 +362,22 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
             if self.image_processor is not None:
                 self.image_processor.save_pretrained(save_directory)
             write_checksums(save_directory)
-            write_card(save_directory, self.config, self.training_summary, _count_parameters(self.head))
+            write_card(save_directory, self.config, self._valid_summary(), _count_parameters(self.head))
         if push_to_hub:
             self.push_to_hub(repo_id or Path(save_directory).name, include_backbone=include_backbone, **pushing)
+
+    def _head_digest(self) -> str:
+        return tensor_digest(
+            {**self.head.state_dict(), **self.token_projection.state_dict(prefix="token_projection.")}
+        )
+
+    def _valid_summary(self) -> dict[str, Any]:
+        """What was measured of this head: not what was read beside a head that was trained further since."""
+        is_loaded = bool(self._loaded_summary) and self.training_summary is self._loaded_summary
+        if is_loaded and self._head_digest() != self._loaded_digest:
+            logger.warning("the head changed since it was loaded: its old training record is left out")
+            return {}
+        return self.training_summary
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -400,7 +417,7 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         with self._named_for_others(backbone_id, bundled, token), tempfile.TemporaryDirectory() as folder:
 
             def write(repo: str) -> Path:
-                summary, self.training_summary = self.training_summary, {**self.training_summary, "repo_id": repo}
+                summary, self.training_summary = self.training_summary, {**self._valid_summary(), "repo_id": repo}
                 try:
                     self.save_pretrained(folder, include_backbone=include_backbone, **kwargs)
                 finally:
@@ -495,6 +512,8 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         model, info = loaded
         model.name_or_path = model.config.name_or_path = name
         model.image_processor = image_processor
+        model._loaded_summary = model.training_summary = read_summary(name, hub_options(kwargs))
+        model._loaded_digest = model._head_digest()
         return model, info
 
 

@@ -21,6 +21,7 @@ from hf_layerfusion import LayerFeatures, LayerFusionConfig, ViTForAttentiveLaye
 from hf_layerfusion.cli.main import COMMANDS, main
 
 HEAD_FILES = {"README.md", "config.json", "metrics.json", "model.safetensors", "preprocessor_config.json"}
+HEAD_FILES |= {"training_record.json", "confusion_matrix.png", "layer_attention.png"}
 QUICK = ["--num_train_epochs", "1", "--device", "cpu"]
 
 
@@ -176,6 +177,9 @@ def test_evaluate_measures_what_train_measured(cli, head, pictures):
     measured = json.loads(cli("evaluate", "--model", head, "--dataset", pictures, "--device", "cpu"))
     trained = json.loads((head / "metrics.json").read_text())
     assert (measured.pop("split"), measured.pop("images")) == ("test", 18)
+    intervals = measured.pop("confidence_intervals")
+    assert intervals.keys() == {"accuracy", "balanced_accuracy", "macro_f1"}
+    assert all(low <= measured[name] <= high for name, (low, high) in intervals.items())
     # `train` reads tokens from a float16 cache, whose relative rounding error is 2^-11; `evaluate` starts from pixels.
     assert measured == pytest.approx({name: trained[name] for name in measured}, rel=1e-3)
     assert measured.keys() == {"loss", "accuracy", "balanced_accuracy", "macro_f1"}
@@ -352,7 +356,7 @@ def test_forms_of_a_dataset(cli, backbone, tmp_path, make, images, names, metric
     trained = json.loads((tmp_path / "head" / "metrics.json").read_text())
     measured = json.loads(cli("evaluate", "--model", tmp_path / "head", "--dataset", tmp_path / "data"))
     assert trained["test_images"] == measured["images"] == images
-    assert measured.keys() - {"split", "images"} == metrics
+    assert measured.keys() - {"split", "images", "confidence_intervals"} == metrics
     assert measured["loss"] == pytest.approx(trained["loss"], rel=1e-3)
     assert list(LayerFusionConfig.from_pretrained(tmp_path / "head").id2label.values()) == names
     (line,) = cli("predict", "--model", tmp_path / "head", odd_pictures(tmp_path / "odd")[0]).splitlines()

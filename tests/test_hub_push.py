@@ -559,3 +559,30 @@ def test_command_pushes_a_space(hub, backbone, saved, repo_id, capsys):
     assert {"app.py", "README.md", "requirements.txt"} <= tree.keys()
     assert repo_id in "".join(file.data.decode() for path, file in tree.items() if path in ("app.py", "README.md"))
     assert f"{hub.url}/spaces/{repo_id}-demo/commit/{space.refs['refs/heads/main']}" in capsys.readouterr().out
+
+
+# ---- what was measured goes with the head ------------------------------------------------------------------------
+
+
+def test_training_record_comes_back_and_goes_on(hub, model, tmp_path):
+    model.training_summary = {"dataset": "pictures", "metrics": {"accuracy": 0.5}}
+    model.push_to_hub(f"me/{tmp_path.name}")
+    loaded = load(f"me/{tmp_path.name}")
+    assert loaded.training_summary["metrics"] == {"accuracy": 0.5}
+    loaded.save_pretrained(tmp_path / "again")
+    assert "0.5" in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_a_head_that_was_trained_further_has_no_old_record(hub, model, tmp_path):
+    """Numbers of other weights on its card would be wrong, whoever trained it."""
+    model.training_summary = {"dataset": "pictures", "metrics": {"accuracy": 0.5}}
+    model.save_pretrained(tmp_path / "head")
+    loaded = load(tmp_path / "head")
+    with torch.no_grad():
+        loaded.head.classifier.bias += 1
+    loaded.save_pretrained(tmp_path / "changed")
+    assert not (tmp_path / "changed" / "training_record.json").exists()
+    assert "Results" not in (tmp_path / "changed" / "README.md").read_text()
+    loaded.training_summary = {"metrics": {"accuracy": 0.75}}
+    loaded.save_pretrained(tmp_path / "measured")
+    assert "0.75" in (tmp_path / "measured" / "README.md").read_text()

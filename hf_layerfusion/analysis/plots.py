@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from ..style import BLACK, BLUE, GREEN, GREY, LIGHT_GREY, MARKERS, ORANGE, PURPLE, SKY_BLUE, VERMILION, new_figure
 from .attention import AttentionSummary
-from .style import BLACK, BLUE, GREEN, GREY, LIGHT_GREY, MARKERS, ORANGE, PURPLE, SKY_BLUE, VERMILION, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,6 +13,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from huggingface_hub import HfApi
+
 from ..checkpoints import open_config
 from ..errors import LayerFusionError
 from ..hub.push import push_folder
@@ -36,6 +38,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--examples", nargs="+", default=(), metavar="PICTURE", help="pictures to offer on the page of the Space"
     )
+    group.add_argument(
+        "--space_requirements",
+        nargs="+",
+        metavar="LINE",
+        help="what the Space installs this library from, if no package index has it (default: hf-layerfusion[demo])",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -57,13 +65,24 @@ def run(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
 
         def write(_: str) -> Path:
-            write_space(folder, arguments.repo_id, examples=arguments.examples)
-            return Path(folder)
+            return write_space(
+                folder,
+                _whole_id(arguments),
+                examples=arguments.examples,
+                **({"requirements": arguments.space_requirements} if arguments.space_requirements else {}),
+            )
 
         commit = push_folder(
             space_id, write, commit_message="Upload page", repo_type="space", space_sdk="gradio", **where
         )
     print(f"page pushed: {commit.commit_url}")
+
+
+def _whole_id(arguments: argparse.Namespace) -> str:
+    """`user/name` of the head, which `name` alone means to its owner only."""
+    if "/" in arguments.repo_id:
+        return arguments.repo_id
+    return f"{HfApi(token=arguments.token).whoami()['name']}/{arguments.repo_id}"
 
 
 def _open(arguments: argparse.Namespace) -> ViTForAttentiveLayerFusionClassification:

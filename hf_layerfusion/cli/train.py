@@ -1,7 +1,8 @@
 """Train a head on labelled images and a frozen backbone, and evaluate it on the test split.
 
-Extracts features once into OUTPUT_DIR/features, trains with transformers' Trainer, and writes the head, its card and
-metrics.json to OUTPUT_DIR. Without a test split, a fifth of the training images is held out.
+Extracts features once into OUTPUT_DIR/features, trains with transformers' Trainer, and writes the head, its card with
+confidence intervals, a row for each class and figures (which need matplotlib), and metrics.json to OUTPUT_DIR. Without a
+test split, a fifth of the training images is held out.
 
 With --sweep, learning rate, weight decay and the rest are chosen first, on a part of the training images, and the head
 is trained with them on all of those (see `layerfusion sweep --help`, which also shows a grid file):
@@ -25,12 +26,18 @@ from typing import Any
 
 from transformers import Trainer, set_seed
 
+from ..data import open_dataset, prepare_splits
 from ..errors import LayerFusionError
 from ..features import LayerFeatures
+from ..hub.push import hub_id
+from ..hub.record import software_versions
+from ..images import processed_size
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
 from ..recipes import find_recipe
 from ..sweeps import Setting
 from ..training import build_trainer
+from ..training.evaluation import evaluate_head
+from ..training.run import MAX_GRADIENT_NORM, MIN_LEARNING_RATE
 from .options import (
     OptionsError,
     add_backbone_options,
@@ -43,7 +50,6 @@ from .options import (
     is_main_process,
     measure,
     number,
-    open_splits,
     output_folder,
 )
 from .sweep import (
@@ -101,6 +107,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "may then name several, such as alf,linear-all",
     )
     add_search_options(group)
+    group = parser.add_argument_group("model card")
+    group.add_argument(
+        "--note",
+        action="append",
+        metavar="SENTENCE",
+        help="what else a reader of the card should know of the images or the backbone, among its limits; may be repeated",
+    )
+    group.add_argument("--license", help="of the head, as the Hub names it, such as apache-2.0")
     add_device_option(parser)
 
 
@@ -108,7 +122,8 @@ def run(arguments: argparse.Namespace) -> None:
     settings = _settings(arguments)
     folder = output_folder("--output_dir", arguments.output_dir)
     caches = output_folder("--features_dir", arguments.features_dir or str(folder / "features"))
-    splits, image_column, label_column = open_splits(arguments)
+    opened = open_dataset(arguments.dataset, name=arguments.dataset_name)
+    splits, image_column, label_column = prepare_splits(opened, arguments.image_column, arguments.label_column)
     overrides = {
         option: value
         for option in ("attention_dropout", "noise_std")
@@ -131,7 +146,7 @@ def run(arguments: argparse.Namespace) -> None:
         else _train(arguments, model, features)
     )
     if is_main_process():
-        _save(arguments, trained, features, folder)
+        _save(arguments, trained, features, folder, "test" if "test" in opened else "train, a fifth held out")
 
 
 def _settings(arguments: argparse.Namespace) -> list[Setting]:
@@ -197,7 +212,11 @@ def _train(
         "epochs": trainer.args.num_train_epochs,
         "batch size": trainer.args.per_device_train_batch_size,
         "training images": len(features["train"]),
+        "attention dropout": model.config.attention_dropout,
+        "noise std": model.config.noise_std,
+        "balance classes": not arguments.no_class_weights,
         "seed": arguments.seed or 0,
+        "chosen from": "no search: the recipe's defaults, and what was given",
     }
     return _Trained(model, metrics, seconds, values)
 
@@ -242,14 +261,21 @@ def _choose_and_train(
 
 
 def _save(
-    arguments: argparse.Namespace, trained: _Trained, features: Mapping[str, LayerFeatures], folder: Path
+    arguments: argparse.Namespace, trained: _Trained, features: Mapping[str, LayerFeatures], folder: Path, split: str
 ) -> None:
     metrics = trained.metrics
+    measured = evaluate_head(trained.model, features["test"])
     trained.model.training_summary = {
         "dataset": dataset_name(arguments),
-        "split": "test",
-        "metrics": {name: value for name, value in metrics.items() if name != "loss"},
-        "hyperparameters": trained.hyperparameters,
+        **_hub_dataset(arguments),
+        "split": split,
+        "train_images": len(features["train"]),
+        **measured,
+        "hyperparameters": {**trained.hyperparameters, **_protocol(trained.model)},
+        "environment": software_versions(),
+        **({} if trained.seconds is None else {"seconds": round(trained.seconds, 2)}),
+        **({"license": arguments.license} if arguments.license else {}),
+        **({"notes": arguments.note} if arguments.note else {}),
     }
     trained.model.save_pretrained(folder)
     report: dict[str, Any] = {**metrics, "test_images": len(features["test"]), **trained.extra}
@@ -260,5 +286,27 @@ def _save(
     (folder / "metrics.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if trained.found is not None:
         print(describe(trained.found))
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    print(f"test: {shown}\nhead saved to {folder}{took}")
+    intervals = measured.get("confidence_intervals", {})
+    shown = ", ".join(
+        f"{name} {value:.4f}"
+        + (f" ({intervals[name][0]:.4f} to {intervals[name][1]:.4f})" if name in intervals else "")
+        for name, value in metrics.items()
+    )
+    brackets = " (in brackets: 95 % intervals over test images)" if intervals else ""
+    print(f"test: {shown}{brackets}\nhead saved to {folder}{took}")
+
+
+def _hub_dataset(arguments: argparse.Namespace) -> dict[str, str]:
+    """The dataset's id, if it came from the Hub."""
+    is_local = Path(arguments.dataset).exists()
+    return {} if is_local or hub_id(arguments.dataset) is None else {"dataset_id": arguments.dataset}
+
+
+def _protocol(model: ViTForAttentiveLayerFusionClassification) -> dict[str, Any]:
+    """What is the same for every head of these commands."""
+    size = None if model.image_processor is None else processed_size(model.image_processor)
+    return {
+        "optimizer": f"AdamW, decay on all parameters, gradients clipped at a norm of {MAX_GRADIENT_NORM:g}",
+        "learning rate schedule": f"cosine to {MIN_LEARNING_RATE:g}, no warm-up",
+        **({} if size is None else {"image size": " x ".join(map(str, size))}),
+    }

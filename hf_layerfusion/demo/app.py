@@ -142,24 +142,31 @@ def launch_demo(
         The page's address.
 
     Raises:
-        OSError: if the port is taken.
+        LayerFusionError: if the port is taken.
     """
     gr = _import_gradio()
     from gradio.themes.utils.fonts import LocalFont
 
     # Gradio ships all letters of this font in these two weights.
     fonts = (LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif")
-    demo.launch(
-        server_port=port,
-        share=share,
-        prevent_thread_lock=True,
-        quiet=True,
-        ssr_mode=False,  # which would start a second server
-        theme=gr.themes.Default(primary_hue="blue", font=fonts),
-        footer_links=[],
-        max_file_size=_MOST_BYTES,
-        enable_monitoring=False,
-    )
+    try:
+        demo.launch(
+            server_port=port,
+            share=share,
+            prevent_thread_lock=True,
+            quiet=True,
+            ssr_mode=False,  # which would start a second server
+            theme=gr.themes.Default(primary_hue="blue", font=fonts),
+            footer_links=[],
+            max_file_size=_MOST_BYTES,
+            enable_monitoring=False,
+        )
+    except OSError as error:
+        if port is None:
+            raise
+        raise LayerFusionError(
+            f"port {port} is taken or may not be used: give another, or none for a free one"
+        ) from error
     address = str(demo.share_url or demo.local_url)
     if not prevent_thread_lock:
         print(f"open {address} in a browser; Ctrl+C ends it", flush=True)

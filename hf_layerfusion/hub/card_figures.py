@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import style
 from ..files import staged_file
 from .record import plain_text
 
@@ -29,8 +30,6 @@ _NAME_LENGTH = 24
 
 def can_draw() -> bool:
     """Whether matplotlib is installed."""
-    from ..analysis import style  # later than the model that the package's other modules need
-
     return style.can_draw()
 
 
@@ -49,8 +48,6 @@ def draw_confusion_matrix(counts: Sequence[Sequence[int]], labels: Sequence[str]
     Raises:
         LayerFusionError: if matplotlib is not installed.
     """
-    from ..analysis.style import GREY, new_figure
-
     matrix = np.asarray(counts, dtype=np.float64)
     num_images = int(matrix.sum())
     size = len(matrix)
@@ -60,7 +57,7 @@ def draw_confusion_matrix(counts: Sequence[Sequence[int]], labels: Sequence[str]
         0.7 if size <= 4 else 0.42 if size <= 12 else 0.26 if size <= MOST_COUNTS else 0.16 if is_named else 6 / size
     )
     margin = 0.075 * max(map(len, names)) if is_named else 0.4
-    figure = new_figure(max(4.0, cell * size + margin + 1.9), max(3.2, cell * size + margin + 1.1))
+    figure = style.new_figure(max(4.0, cell * size + margin + 1.9), max(3.2, cell * size + margin + 1.1))
     axis = figure.add_subplot()
     from matplotlib.colors import PowerNorm
 
@@ -94,7 +91,7 @@ def draw_confusion_matrix(counts: Sequence[Sequence[int]], labels: Sequence[str]
     if size <= MOST_COUNTS:
         axis.set_xticks(np.arange(size + 1) - 0.5, minor=True)
         axis.set_yticks(np.arange(size + 1) - 0.5, minor=True)
-        axis.grid(which="minor", color=GREY, linewidth=0.3, alpha=0.4)
+        axis.grid(which="minor", color=style.GREY, linewidth=0.3, alpha=0.4)
         axis.tick_params(which="minor", length=0)
         for row, column in np.argwhere(matrix > 0).tolist():
             # Of the square root scale, the upper half is dark.
@@ -117,8 +114,6 @@ def draw_attention(attention: dict[str, Any], path: str | Path) -> None:
     Raises:
         LayerFusionError: if matplotlib is not installed.
     """
-    from ..analysis.style import BLUE, VERMILION, new_figure
-
     names, weights, uniform = _by_layer(attention)
     num_heads, num_tokens = weights.shape
     shows_heads = num_heads > 1
@@ -126,14 +121,14 @@ def draw_attention(attention: dict[str, Any], path: str | Path) -> None:
     panel = min(max(1.4, 0.13 * num_heads), 4.0)
     width = min(max(5.6, 0.27 * num_tokens + 2.2), 14.0)
     margin = 0.065 * max(map(len, names)) if is_named else 0.3
-    figure = new_figure(width, 1.9 + (panel if shows_heads else 0) + margin + 0.7)
+    figure = style.new_figure(width, 1.9 + (panel if shows_heads else 0) + margin + 0.7)
     ratios = [1.9, panel] if shows_heads else [1.9]
     rows = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
     positions = np.arange(num_tokens)
     mean = weights.mean(axis=0)
-    rows[0].bar(positions, mean, color=BLUE, width=0.8)
+    rows[0].bar(positions, mean, color=style.BLUE, width=0.8)
     rows[0].hlines(
-        uniform, positions - 0.4, positions + 0.4, color=VERMILION, linewidth=1.5, label="if all were equal"
+        uniform, positions - 0.4, positions + 0.4, color=style.VERMILION, linewidth=1.5, label="if all were equal"
     )
     rows[0].set_ylim(0, 1.25 * max(mean.max(), uniform.max()))
     rows[0].set_ylabel("mean weight")

@@ -22,7 +22,11 @@ from ..errors import LayerFusionError
 
 def hub_id(name_or_path: str | None) -> str | None:
     """A Hub id, or `None` for a folder: a path of one machine means nothing on another."""
-    if not name_or_path or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name_or_path) or Path(name_or_path).is_dir():
+    if (
+        not name_or_path
+        or not re.fullmatch(r"[\w-][\w.-]{0,95}(/[\w.-]{1,96})?", name_or_path)
+        or Path(name_or_path).is_dir()
+    ):
         return None
     return name_or_path
 

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from ..errors import LayerFusionError
 
-# 100,000 labels take 6 MB. Lists of nothing take twenty times their text in memory.
-MAX_JSON_BYTES = 16 * 2**20
+# As many labels as there may be take 20 MB. Lists of nothing take twenty times their text in memory.
+MAX_JSON_BYTES = 24 * 2**20
 MAX_JSON_DEPTH = 32
-# Twenty times ImageNet-21k. transformers makes a dictionary of that length from one number.
-MAX_LABELS = 2**20
+# Six times ImageNet-21k. transformers makes a dictionary of that length from one number.
+MAX_LABELS = 2**17
 # Of a backbone's config, in one number. A config may turn it into a list.
 MAX_DEPTH = 10_000
 _MAX_INTEGER = 2**31

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..analysis.style import BLACK, BLUE, GREEN, GREY, MARKERS, VERMILION, new_figure
 from ..bank import TokenCoordinate
 from ..errors import LayerFusionError
+from ..style import BLACK, BLUE, GREEN, GREY, MARKERS, VERMILION, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

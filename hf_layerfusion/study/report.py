@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from ..analysis.style import can_draw
 from ..errors import LayerFusionError
 from ..recipes import FAMILIES, find_recipe
+from ..style import can_draw
 from .comparisons import write_by_dataset, write_summary, write_tests
 from .layers import write_attention, write_similarity, write_taps
 from .pages import Pages

@@ -22,6 +22,11 @@ class LayerFusionTrainer(Trainer):
         # Pushes while training goes on would be of the whole output folder.
         self.args.hub_strategy = HubStrategy.END
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train the head; what was measured of it before holds no longer."""
+        self._head().training_summary = {}
+        return super().train(*args, **kwargs)
+
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Create the repository; a head that others could not load is refused here, before hours are spent."""
         check_shareable(self._head().config)
@@ -54,7 +59,7 @@ class LayerFusionTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         return self._head().push_to_hub(
-            self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).name,
+            self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).name,
             commit_message=commit_message or "End of training",
             token=token if token is not None else self.args.hub_token,
             revision=revision if revision is not None else self.args.hub_revision,

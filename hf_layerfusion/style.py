@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import LayerFusionError
+from .errors import LayerFusionError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
