@@ -88,7 +88,7 @@ def split_tokens(
         special = torch.cat([special, activation[:, end:]], dim=1)
     if layout.batching == "windows":  # (B*W, T, D) -> (B, W*T, D)
         patches, special = (part.unflatten(0, (batch_size, -1)).flatten(1, 2) for part in (patches, special))
-    if patches.ndim != 3 or len(patches) != batch_size:
+    if patches.ndim != 3 or patches.shape[0] != batch_size:
         raise LayerFusionError(
             f"the activation of {module!r} at layer {layer} has shape {tuple(activation.shape)}, which is not what was "
             f"measured on this backbone ({kind}, {layout.batching} batches of {batch_size})"

@@ -25,11 +25,12 @@ def read_bank(
     pools: dict[Tap, list[str]] = {}
     for layer, module, pool in bank.coordinates:
         pools.setdefault((layer, module), []).append(pool)
+    batch_size = pixel_values.shape[0]  # not `len`, which torch.export takes for a constant
     masks = [backbone_kwargs[name] for name in _PATCH_MASKS if backbone_kwargs.get(name) is not None]
     patch_mask = masks[0].flatten(1) if masks else None
 
     def pool_tap(tap: Tap, activation: Tensor) -> Tensor:
-        return pool_activation(activation, layout, tap, pools[tap], len(pixel_values), patch_mask)
+        return pool_activation(activation, layout, tap, pools[tap], batch_size, patch_mask)
 
     pooled = read_taps(backbone, layout, pools, pool_tap, pixel_values, **backbone_kwargs)
     width = bank.width(layout)

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from ..errors import LayerFusionError
 from ..version import __version__
-from . import cache, demo, evaluate, explain, extract, info, predict, push, study, sweep, train
+from . import cache, demo, evaluate, explain, export, extract, info, merge, predict, push, study, sweep, train
 from .options import OptionsError
 
-COMMANDS = (info, extract, cache, sweep, train, evaluate, predict, explain, study, push, demo)
+COMMANDS = (info, extract, cache, sweep, train, evaluate, predict, explain, study, push, demo, export, merge)
 
 EPILOG = """\
 a first session:
