@@ -13,6 +13,9 @@ ASIDE = $(1)/python -m pip install --quiet --disable-pip-version-check --no-deps
 TIMM := timm==1.0.31 torchvision==0.29.2
 TORCHAO := torchao==0.18.0
 
+# A process per core, each with whole files: what a file's tests share is made once.
+SIDE_BY_SIDE := --numprocesses logical --dist loadfile
+
 .PHONY: setup backbone demo test test-lowest quality style bench clean
 
 setup: $(VENV)/.installed
@@ -34,16 +37,16 @@ demo: setup backbone
 	$(BIN)/python examples/demo.py --backbone "$(LAYERFUSION_BACKBONE)"
 
 test: setup backbone
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 # The lowest versions that pyproject.toml admits.
 test-lowest: setup backbone
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lowest.txt \
-		--editable ".[demo,peft]" pytest pytest-timeout
+		--editable ".[demo,peft]" pytest pytest-timeout pytest-xdist playwright
 	$(call ASIDE,$(LOWEST)/bin) $(LOWEST)/timm $(TIMM)
 	$(call ASIDE,$(LOWEST)/bin) $(LOWEST)/torchao $(TORCHAO)
-	$(LOWEST)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest $(SIDE_BY_SIDE)
 
 quality: setup
 	$(BIN)/ruff check .

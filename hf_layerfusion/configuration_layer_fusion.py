@@ -470,8 +470,9 @@ def _check_label_maps(id2label: Any, label2id: Any, num_labels: Any) -> None:
         raise LayerFusionError(f"id2label must number its labels 0 to {len(ids) - 1}, but has {reprlib.repr(ids)}")
     if num_labels is not None and num_labels != len(ids):
         raise LayerFusionError(f"num_labels={num_labels}, but id2label names {len(ids)} labels: give one of them")
-    if label2id is not None and len(label2id) != len(ids):
-        raise LayerFusionError(f"label2id has {len(label2id)} labels, but id2label has {len(ids)}")
+    names = len(set(id2label.values()))  # classes may share a name, as ImageNet's two cranes do
+    if label2id is not None and len(label2id) != names:
+        raise LayerFusionError(f"label2id has {len(label2id)} labels, but id2label has {names}")
 
 
 __all__ = ["LayerFusionConfig"]

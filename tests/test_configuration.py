@@ -6,10 +6,10 @@ import re
 
 import pytest
 import torch
-from modeling_helpers import TINY
+from modeling_helpers import TINY, tiny_backbone
 from transformers import AutoConfig, Dinov2Config, PreTrainedConfig, ViTConfig
 
-from hf_layerfusion import RECIPES, LayerFusionConfig, LayerFusionError
+from hf_layerfusion import RECIPES, LayerFusionConfig, LayerFusionError, ViTForAttentiveLayerFusionClassification
 from hf_layerfusion.heads import build_head
 from hf_layerfusion.layout import MODULES, TapLayout, TokenLayout
 
@@ -328,3 +328,12 @@ def test_auto_config_knows_the_type():
     config = AutoConfig.for_model("layer_fusion", backbone_config=VIT)
     assert isinstance(config, LayerFusionConfig)
     assert isinstance(config, PreTrainedConfig)
+
+
+def test_classes_may_share_a_name():
+    """As two of ImageNet do."""
+    model = ViTForAttentiveLayerFusionClassification.from_backbone(
+        tiny_backbone("vit"), id2label=["crane", "crane", "x"]
+    )
+    assert model.config.num_labels == 3
+    assert model.config.label2id == {"crane": 1, "x": 2}
