@@ -1,4 +1,4 @@
-"""Files that appear under their name when they are complete."""
+"""Files that appear under their name when they are complete, and that are read only if they are small enough."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from .errors import LayerFusionError
 
 
 @contextmanager
@@ -35,3 +37,19 @@ def write_file(path: Path, content: bytes) -> None:
 def write_json(path: Path, values: Any) -> None:
     """Write values as JSON, whole or not at all."""
     write_file(path, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_bounded(path: str | Path, max_bytes: int, what: str) -> bytes:
+    """A file's content.
+
+    Raises:
+        LayerFusionError: if it cannot be read, or is larger than any such file.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(max_bytes + 1)
+    except OSError as error:
+        raise LayerFusionError(f"{path} cannot be read: {error}") from error
+    if len(content) > max_bytes:
+        raise LayerFusionError(f"{path} is larger than {max_bytes >> 20} MB: it is no {what}")
+    return content

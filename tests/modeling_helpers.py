@@ -48,6 +48,8 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from hf_layerfusion import ViTForAttentiveLayerFusionClassification
+
 IMAGE_SIZE, PATCH_SIZE, HIDDEN_SIZE, NUM_LAYERS = 32, 8, 32, 3
 NUM_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 NUM_REGISTERS = 2
@@ -113,6 +115,17 @@ def tiny_backbone(model_type: str, dtype: torch.dtype = torch.float32) -> PreTra
     model = randomise((TABLE_BACKBONES | OTHER_BACKBONES)[model_type]())
     torch.set_rng_state(generator_state)
     return model.to(dtype).eval()
+
+
+def build_attending_model(**options: object) -> ViTForAttentiveLayerFusionClassification:
+    """A head of three classes on a tiny DINOv2, far from uniform attention."""
+    model = ViTForAttentiveLayerFusionClassification.from_backbone(
+        tiny_backbone("dinov2"), num_labels=3, image_processor=object(), **options
+    )
+    with torch.no_grad():
+        for parameter in model.head.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
 
 
 def randomise(module: nn.Module) -> nn.Module:

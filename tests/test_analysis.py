@@ -6,26 +6,16 @@ import sys
 
 import pytest
 import torch
-from modeling_helpers import NUM_LAYERS, images, tiny_backbone
+from modeling_helpers import NUM_LAYERS, build_attending_model, images
 from PIL import Image
 
-from hf_layerfusion import LayerFusionError, ViTForAttentiveLayerFusionClassification
+from hf_layerfusion import LayerFusionError
 from hf_layerfusion.analysis import AttentionSummary, summarise_attentions
 from hf_layerfusion.analysis.plots import plot_attention
 from hf_layerfusion.bank import TokenBank
 from hf_layerfusion.layout import TokenLayout
 
 BATCHES = [{"pixel_values": images(size, seed=size), "labels": torch.zeros(size)} for size in (4, 3, 1)]
-
-
-def build_model(**options):
-    model = ViTForAttentiveLayerFusionClassification.from_backbone(
-        tiny_backbone("dinov2"), num_labels=3, image_processor=object(), **options
-    )
-    with torch.no_grad():
-        for parameter in model.head.parameters():  # far from uniform attention
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
 
 
 @pytest.mark.parametrize(
@@ -38,7 +28,7 @@ def build_model(**options):
     ],
 )
 def test_mean_and_spread_are_those_of_all_images_at_once(options, num_rows):
-    model = build_model(**options)
+    model = build_attending_model(**options)
     summary = summarise_attentions(model, BATCHES)
     with torch.no_grad():
         pixel_values = torch.cat([batch["pixel_values"] for batch in BATCHES])
@@ -61,7 +51,7 @@ def attentions_of(model):
 
 @pytest.mark.parametrize("options", [{}, {"num_heads": 4, "num_queries": 3}, {"recipe": "scalar-mix"}])
 def test_entropy_and_depth_are_those_of_all_images_at_once(options):
-    model = build_model(**options)
+    model = build_attending_model(**options)
     summary = summarise_attentions(model, BATCHES)
     attentions = attentions_of(model)
     entropy = -(attentions * attentions.log()).sum(-1)  # (B, H)
@@ -80,7 +70,7 @@ def test_entropy_and_depth_are_those_of_all_images_at_once(options):
 
 @pytest.mark.parametrize("column", ["label", "labels", "label_ids"])
 def test_means_by_class(column):
-    model = build_model(id2label={0: "ant", 1: "bee", 2: "cat"})
+    model = build_attending_model(id2label={0: "ant", 1: "bee", 2: "cat"})
     labels = torch.tensor([0, 2, 2, 0, 2, 2, 0, 2])
     parts = labels.split([4, 3, 1])
     batches = [
@@ -100,14 +90,14 @@ def test_means_by_class(column):
 @pytest.mark.parametrize("labels", [torch.rand(4), torch.ones(4, 3, dtype=torch.long), None])
 def test_labels_that_are_no_classes_give_no_means(labels):
     batch = {"pixel_values": BATCHES[0]["pixel_values"]} | ({} if labels is None else {"labels": labels})
-    summary = summarise_attentions(build_model(), [batch])
+    summary = summarise_attentions(build_attending_model(), [batch])
     assert summary.num_images == 4
     assert summary.class_means == summary.class_counts == {}
     assert "classes" not in summary.to_dict()
 
 
 def test_features_give_the_same_as_pixels():
-    model = build_model()
+    model = build_attending_model()
     with torch.no_grad():
         cached = [{"layer_features": model.extract_layer_features(batch["pixel_values"])} for batch in BATCHES]
     live, read = summarise_attentions(model, BATCHES), summarise_attentions(model, cached)
@@ -115,16 +105,16 @@ def test_features_give_the_same_as_pixels():
 
 
 def test_dropout_plays_no_part():
-    model = build_model(attention_dropout=0.5).train()
+    model = build_attending_model(attention_dropout=0.5).train()
     first, second = (summarise_attentions(model, BATCHES).mean for _ in range(2))
     assert torch.equal(first, second)
 
 
 def test_nothing_to_explain():
     with pytest.raises(LayerFusionError, match="a 'linear' head has no layer attentions"):
-        summarise_attentions(build_model(recipe="linear-all"), BATCHES)
+        summarise_attentions(build_attending_model(recipe="linear-all"), BATCHES)
     with pytest.raises(LayerFusionError, match="no images to explain"):
-        summarise_attentions(build_model(), [])
+        summarise_attentions(build_attending_model(), [])
 
 
 def summary_of(num_heads, num_layers):

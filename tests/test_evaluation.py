@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from modeling_helpers import NUM_LAYERS, images, tiny_backbone
+from modeling_helpers import NUM_LAYERS, build_attending_model, images, tiny_backbone
 from picture_helpers import CLASSES, save_tiny_backbone, write_pictures
 from transformers import EvalPrediction
 
-from hf_layerfusion import LayerFusionConfig, LayerFusionError, ViTForAttentiveLayerFusionClassification
+from hf_layerfusion import LayerFusionConfig, LayerFusionError
 from hf_layerfusion.analysis import summarise_attentions
 from hf_layerfusion.cli.main import main
 from hf_layerfusion.hub.record import check_record, read_record
@@ -161,16 +161,6 @@ def test_labels_that_say_nothing(labels, message):
 # ---- with a model --------------------------------------------------------------------------------------------------
 
 
-def build_model(**options):
-    model = ViTForAttentiveLayerFusionClassification.from_backbone(
-        tiny_backbone("dinov2"), num_labels=3, image_processor=object(), **options
-    )
-    with torch.no_grad():
-        for parameter in model.head.parameters():  # far from uniform attention
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
-
-
 class Cache:
     """What `evaluate_head` asks of cached features."""
 
@@ -188,7 +178,7 @@ class Cache:
 
 @pytest.mark.parametrize("options", [{}, {"num_heads": 4, "num_queries": 3}, {"recipe": "scalar-mix"}])
 def test_a_head_on_cached_features(options):
-    model = build_model(**options).train()
+    model = build_attending_model(**options).train()
     pixel_values, labels = images(20), torch.arange(20) % 3
     cache = Cache(model.extract_layer_features(pixel_values), labels)
     measured = evaluate_head(model, cache, batch_size=7)
@@ -208,13 +198,13 @@ def test_a_head_on_cached_features(options):
 
 
 def test_a_linear_head_has_no_attention():
-    model = build_model(recipe="linear-all")
+    model = build_attending_model(recipe="linear-all")
     cache = Cache(model.extract_layer_features(images(6)), torch.arange(6) % 3)
     assert "attention" not in evaluate_head(model, cache)
 
 
 def test_nothing_to_measure():
-    model = build_model()
+    model = build_attending_model()
     with pytest.raises(LayerFusionError, match="no images to evaluate on"):
         collect_outputs(model, [])
     with pytest.raises(LayerFusionError, match="no labels to compare with"):
@@ -222,7 +212,7 @@ def test_nothing_to_measure():
 
 
 def test_pixels_and_tokens_give_the_same_outputs():
-    model = build_model()
+    model = build_attending_model()
     pixel_values, labels = images(6), torch.arange(6) % 3
     from_pixels = collect_outputs(model, [{"pixel_values": pixel_values, "labels": labels}])
     tokens = model.extract_layer_features(pixel_values)

@@ -15,7 +15,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..errors import LayerFusionError
-from ..files import write_file
+from ..files import read_bounded, write_file
 
 logger = logging.get_logger(__name__)
 
@@ -83,13 +83,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
     Raises:
         LayerFusionError: if it is too large, no JSON, or not as a record should be.
     """
-    try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_RECORD_BYTES + 1)
-    except OSError as error:
-        raise LayerFusionError(f"{path} cannot be read: {error}") from error
-    if len(content) > MAX_RECORD_BYTES:
-        raise LayerFusionError(f"{path} is larger than {MAX_RECORD_BYTES >> 20} MB: it is no training record")
+    content = read_bounded(path, MAX_RECORD_BYTES, "training record")
     try:
         values = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # among them, text that is not UTF-8 and numbers of 5,000 digits

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LayerFusionError
+from ..files import read_bounded
 
 # As many labels as there may be take 20 MB. Lists of nothing take twenty times their text in memory.
 MAX_JSON_BYTES = 24 * 2**20
@@ -53,14 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
         LayerFusionError: if it is too large or nested too deep, no JSON, names a key twice, or holds a number that is
             not finite.
     """
-    try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise LayerFusionError(f"{path} cannot be read: {error}") from error
-    if len(content) > MAX_JSON_BYTES:
-        raise LayerFusionError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MB: it is no file of a head")
-    return _parse(content, str(path))
+    return _parse(read_bounded(path, MAX_JSON_BYTES, "file of a head"), str(path))
 
 
 def _parse(content: bytes, source: str) -> dict[str, Any]:
