@@ -149,7 +149,9 @@ def test_two_processes_measure_what_one_measures(inputs, trained, tmp_path):
 @pytest.mark.slow
 def test_json_file_and_push(inputs, hub, tmp_path, run_here):
     folder = tmp_path / "head"
+    hub.upload_folder(inputs["backbone"], "me/example-backbone")  # of a folder's backbone, others could make nothing
     values = {**inputs, "output_dir": str(folder), "do_train": True, "do_eval": True, "num_train_epochs": 1}
+    values |= {"backbone": "me/example-backbone"}
     values |= {"recipe": "scalar-mix", "balance_classes": True, "max_train_samples": 12, "max_eval_samples": 6}
     values |= {"use_cpu": True, "image_size": 16, "push_to_hub": True, "hub_model_id": "me/example-head"}
     values |= {"save_strategy": "no"}
@@ -158,7 +160,13 @@ def test_json_file_and_push(inputs, hub, tmp_path, run_here):
     assert json.loads((folder / "config.json").read_text())["recipe"] == "scalar-mix"
     assert json.loads((folder / "eval_results.json").read_text())["eval_runtime"] > 0
     files = set(hub.repos["models", "me/example-head"].at("main").tree) - {".gitattributes"}
-    assert files == {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+    assert files == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "training_record.json",
+    }
 
 
 @pytest.mark.slow

@@ -23,11 +23,11 @@ from hf_layerfusion.probe import describe_backbone
 from hf_layerfusion.reader import read_bank
 from hf_layerfusion.taps import read_taps
 
-BLOCK = (0, "block")
+BLOCK = (1, "block")
 WIDTH = 8
 
 
-def layout_of(kind="tokens", widths=(WIDTH,), **options):
+def layout_of(kind="tokens", widths=(0, WIDTH), **options):
     return TokenLayout({"block": TapLayout(kind, widths)}, **options)
 
 
@@ -132,8 +132,8 @@ def test_unknown_pool():
 
 def test_maps_pool_alike_in_both_orders():
     maps = torch.randn(2, 6, 4, 5)
-    first = pool_activation(maps, layout_of("channels_first", (6,)), BLOCK, ["mean"], 2)
-    last = pool_activation(maps.permute(0, 2, 3, 1), layout_of("channels_last", (6,)), BLOCK, ["mean"], 2)
+    first = pool_activation(maps, layout_of("channels_first", (0, 6)), BLOCK, ["mean"], 2)
+    last = pool_activation(maps.permute(0, 2, 3, 1), layout_of("channels_last", (0, 6)), BLOCK, ["mean"], 2)
     assert first.shape == (2, 1, 6)
     torch.testing.assert_close(first[:, 0], maps.mean(dim=(2, 3)))
     torch.testing.assert_close(last, first)
@@ -142,7 +142,7 @@ def test_maps_pool_alike_in_both_orders():
 def test_patches_of_maps_stand_in_raster_order():
     maps = torch.randn(2, 6, 4, 5)
     for kind, activation in (("channels_first", maps), ("channels_last", maps.permute(0, 2, 3, 1))):
-        patches, special = split_tokens(activation, layout_of(kind, (6,)), BLOCK, 2)
+        patches, special = split_tokens(activation, layout_of(kind, (0, 6)), BLOCK, 2)
         assert special.shape == (2, 0, 6)
         for row in range(4):
             for column in range(5):
@@ -195,7 +195,7 @@ def test_the_batch_may_be_the_second_axis():
 )
 def test_an_activation_that_is_not_as_it_was_measured_is_refused(layout, shape):
     with pytest.raises(
-        LayerFusionError, match=r"the activation of 'block' at layer 0 has shape .* not what was measured"
+        LayerFusionError, match=r"the activation of 'block' at layer 1 has shape .* not what was measured"
     ):
         pool_activation(torch.randn(shape), layout, BLOCK, ["mean"], batch_size=2)
 
