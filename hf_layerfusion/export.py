@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from .backbones import WeightFingerprint, execution_device, has_adapters, quantization_of
 from .errors import LayerFusionError
+from .files import write_json
 from .heads import AttentiveFusionHead
 from .images import process_image, resize_processor, stack_images
 from .modeling_layer_fusion import ViTForAttentiveLayerFusionClassification as Model
@@ -243,7 +244,7 @@ def _export(
         record = _describe(model, file, kind, pixels, dynamic_batch, processor) | said
         if check:
             record["check"] = _check_program(kind.load(staged), pixels, expected, dynamic_batch, model, kind)
-        _write_json(stage / f"{file.name}.json", record)
+        write_json(stage / f"{file.name}.json", record)
         if processor is not None:
             processor.save_pretrained(stage)
         # The program last: where it stands, the rest does too.
@@ -350,7 +351,7 @@ def _describe(
     config = model.config
     batch = "batch" if dynamic_batch else 1
     fingerprint = config.backbone_fingerprint or {}
-    packages = ["hf_layerfusion", "torch", "transformers", *(["onnx", "onnxscript"] if kind.name == "onnx" else [])]
+    packages = ["hf_layerfusion", "torch", "transformers", *(["onnx", "onnxscript"] if kind.suffix == ".onnx" else [])]
     return {
         "file": file.name,
         "format": kind.name,
@@ -593,10 +594,6 @@ def _staging(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         yield Path(folder)
-
-
-def _write_json(file: Path, values: dict[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager

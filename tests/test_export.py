@@ -200,6 +200,8 @@ def test_the_onnx_command_gives_the_model_s_logits_for_any_batch(onnx_program):
     (taken,), (given,) = session.get_inputs(), session.get_outputs()
     assert (taken.name, taken.type, taken.shape) == ("pixel_values", "tensor(float)", ["batch", 3, 32, 32])
     assert (given.name, given.type, given.shape) == ("logits", "tensor(float)", ["batch", 3])
+    record = json.loads(file.with_name(f"{file.name}.json").read_text(encoding="utf-8"))
+    assert record["made_with"].keys() == {"hf_layerfusion", "torch", "transformers", "onnx", "onnxscript"}
 
 
 def test_what_stands_beside_a_program_is_all_a_server_needs(program, model):
