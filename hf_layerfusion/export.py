@@ -24,9 +24,11 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.utils import logging as transformers_logging
 
 from .backbones import WeightFingerprint, execution_device, has_adapters, quantization_of
+from .checkpoints import PROCESSOR_NAME
 from .errors import LayerFusionError
 from .files import write_json
 from .heads import AttentiveFusionHead
+from .hub.push import public_name
 from .images import process_image, resize_processor, stack_images
 from .modeling_layer_fusion import ViTForAttentiveLayerFusionClassification as Model
 
@@ -36,7 +38,6 @@ logger = transformers_logging.get_logger(__name__)
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 NUM_PICTURES = 5
-PROCESSOR_FILE = "preprocessor_config.json"
 
 # What the exporters say of themselves on every run: of torchvision's operators, and of norms they leave alone.
 _CHATTY = ("torch.onnx._internal.exporter._registration", "onnxscript.optimizer._constant_folding")
@@ -363,8 +364,8 @@ def _describe(
         "image_processor": None if processor is None else json.loads(processor.to_json_string()),
         "made_from": {
             "recipe": config.recipe,
-            "head": _public_name(model.name_or_path),
-            "backbone": _public_name(config.backbone_name_or_path),
+            "head": public_name(model.name_or_path) if model.name_or_path else None,
+            "backbone": public_name(config.backbone_name_or_path) if config.backbone_name_or_path else None,
             "backbone_revision": config.backbone_revision,
             "backbone_sha256": fingerprint.get("digest"),
         },
@@ -578,7 +579,7 @@ def _savable_processor(processor: Any) -> Any:
 
 
 def _refuse_other_processor(folder: Path, processor: Any) -> None:
-    file = folder / PROCESSOR_FILE
+    file = folder / PROCESSOR_NAME
     if processor is None or not file.is_file():
         return
     if json.loads(file.read_text(encoding="utf-8")) != json.loads(processor.to_json_string()):
@@ -619,11 +620,6 @@ def _require_packages(*names: str) -> None:
             raise LayerFusionError(
                 f"the export to ONNX needs {name} ({error}): pip install 'hf-layerfusion[export]'"
             ) from error
-
-
-def _public_name(name: str | None) -> str | None:
-    """A Hub id as it is, of a folder its own name: the path to it means nothing on another machine."""
-    return Path(name).name if name and Path(name).exists() else name or None
 
 
 def _first_line(error: Exception) -> str:

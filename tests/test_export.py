@@ -568,3 +568,15 @@ def test_timm_processors_that_cannot_be_replaced_are_refused(settings, tmp_path)
 
 def _doubled(self, images, return_tensors):
     return {"pixel_values": 2 * TimmProcessor.__call__(self, images, return_tensors)["pixel_values"] + 1}
+
+
+def test_a_backbone_that_moved_is_named_without_its_path(model, tmp_path):
+    """A record travels; where somebody's folder was, whether or not it is still there, does not."""
+    here = model.config.backbone_name_or_path
+    model.config.backbone_name_or_path = str(tmp_path / "gone" / "my-vit")
+    try:
+        file = export_program(model, tmp_path / "out", check=False)
+    finally:
+        model.config.backbone_name_or_path = here
+    record = json.loads(file.with_name(f"{file.name}.json").read_text(encoding="utf-8"))
+    assert record["made_from"]["backbone"] == "my-vit"

@@ -30,6 +30,7 @@ from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
 from ..pooling import POOLS
 from ..recipes import RECIPES
 from ..training.collators import ImageCollator
+from ..training.metrics import without_timings
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -305,11 +306,7 @@ def measure(trainer: Trainer) -> dict[str, float]:
         measured = trainer.evaluate()
     finally:
         config.class_weights = weights
-    return {
-        name.removeprefix("eval_"): value
-        for name, value in measured.items()
-        if name.startswith("eval_") and not name.endswith(("runtime", "per_second", "preparation_time"))
-    }
+    return without_timings(measured)
 
 
 def output_folder(option: str, path: str) -> Path:

@@ -8,7 +8,6 @@ import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
-from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor
 from ..analysis.plots import MIN_COLOUR_RANGE
 from ..bank import TokenBank, is_patch
 from ..configuration_layer_fusion import LayerFusionConfig
-from ..hub.push import hub_id
+from ..hub.push import public_name
 from ..hub.record import plain_text
 from ..recipes import find_recipe
 from .inference import Reading
@@ -352,9 +351,8 @@ def _hex(colour: Sequence[int]) -> str:
 
 
 def _backbone(config: LayerFusionConfig) -> str:
-    """Its Hub id, or a folder's last part: where it lies on somebody's disk is nobody's business."""
     name = config.backbone_name_or_path or config.backbone_config.model_type
-    return hub_id(name) or PurePath(name.replace("\\", "/")).name
+    return public_name(name)
 
 
 def _trained_on(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

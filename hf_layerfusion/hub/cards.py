@@ -21,7 +21,7 @@ from ..files import write_file
 from ..recipes import find_recipe
 from ..version import __version__
 from .card_figures import ATTENTION_NAME, CONFUSION_NAME, can_draw, draw_attention, draw_confusion_matrix
-from .push import hub_id
+from .push import hub_id, public_name
 from .record import RECORD_NAME, check_record, plain_text, write_record
 
 CARD_NAME = "README.md"
@@ -284,7 +284,7 @@ def _shown_labels(config: LayerFusionConfig) -> str:
 
 def _shown_backbone(config: LayerFusionConfig) -> str:
     name = config.backbone_name_or_path or config.backbone_config.model_type
-    return hub_id(name) or re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    return public_name(name)
 
 
 def _code(repo: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from huggingface_hub import CommitInfo, HfApi, get_token
 from huggingface_hub.errors import (
@@ -29,6 +29,11 @@ def hub_id(name_or_path: str | None) -> str | None:
     ):
         return None
     return name_or_path
+
+
+def public_name(name_or_path: str) -> str:
+    """A Hub id, or a folder's last part: where it lies on somebody's disk is nobody's business."""
+    return hub_id(name_or_path) or PurePath(name_or_path.replace("\\", "/")).name
 
 
 def push_folder(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -104,6 +104,13 @@ class MacroF1(_OfflineMetric):
         return {"macro_f1": float(f1_score(references, predictions, average="macro", zero_division=0.0))}
 
 
+def without_timings(logged: Mapping[str, float]) -> dict[str, float]:
+    """Loss and metrics of what `Trainer.evaluate` gives or logs, without the prefix `eval_`."""
+    timings = ("runtime", "per_second", "preparation_time")
+    named = {name.removeprefix("eval_"): value for name, value in logged.items() if name.startswith("eval_")}
+    return {name: value for name, value in named.items() if not name.endswith(timings)}
+
+
 def build_compute_metrics(config: LayerFusionConfig) -> Callable[[EvalPrediction], dict[str, float]]:
     """The `compute_metrics` of a `Trainer` for this kind of problem.
 
@@ -164,4 +171,4 @@ def _multi_label_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, fl
     }
 
 
-__all__ = ["Accuracy", "BalancedAccuracy", "MacroF1", "TopKAccuracy", "build_compute_metrics"]
+__all__ = ["Accuracy", "BalancedAccuracy", "MacroF1", "TopKAccuracy", "build_compute_metrics", "without_timings"]

@@ -9,6 +9,7 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
 from ..hub.push import check_shareable
+from .metrics import without_timings
 
 
 class LayerFusionTrainer(Trainer):
@@ -79,7 +80,5 @@ class LayerFusionTrainer(Trainer):
 
     def _last_evaluation(self) -> dict[str, float]:
         """Metrics of the last evaluation, by name, without its loss and timings."""
-        not_metrics = ("loss", "runtime", "per_second", "preparation_time")
         logged = next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {})
-        named = {name.removeprefix("eval_"): value for name, value in logged.items() if name.startswith("eval_")}
-        return {name: value for name, value in named.items() if not name.endswith(not_metrics)}
+        return {name: value for name, value in without_timings(logged).items() if not name.endswith("loss")}
