@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +15,8 @@ LayerSpec = int | str | Sequence[int] | None
 
 # Twice the tokens of all 24 layers at 1024 pixels and 14 a patch. Each takes a hundred bytes, and its name as many.
 MAX_TOKENS = 2**18
+# Of `"grid:k"`. Backbones at their own sizes have 7 to 64 patches a side.
+MAX_GRID = 16
 
 
 class TokenCoordinate(NamedTuple):
@@ -20,7 +24,7 @@ class TokenCoordinate(NamedTuple):
 
     `layer` counts as transformers counts hidden states: 0 is the embedding output, k the output of block (or stage) k.
     The model's own pooled vector has module and pool `"pooler"`. Of all tokens, the pools are `"cls"` and
-    `"patch 0"`, `"patch 1"`, ..., row by row.
+    `"patch 0"`, `"patch 1"`, ..., row by row; of a grid of cells `"grid:2 cell 0"`, `"grid:2 cell 1"`, ..., likewise.
     """
 
     layer: int
@@ -109,6 +113,70 @@ def patch_number(pool: str) -> int:
     return int(pool.removeprefix(_PATCH))
 
 
+_GRID = "grid:"
+_CELL = re.compile(r"grid:([1-9][0-9]?) cell (0|[1-9][0-9]{0,2})")
+
+
+def is_grid(pool: str) -> bool:
+    """Whether this stands for the cells of a grid: `"grid:1"` to `"grid:16"`, and no other spelling of them."""
+    return pool in _GRIDS
+
+
+def grid_pool(size: int) -> str:
+    """The pool that stands for `size` x `size` cells."""
+    return f"{_GRID}{size}"
+
+
+_GRIDS = frozenset(map(grid_pool, range(1, MAX_GRID + 1)))
+
+
+def grid_cells(pool: str) -> list[str]:
+    """The pools that `"grid:k"` stands for, row by row.
+
+    Raises:
+        LayerFusionError: for another spelling, or a k that is out of range.
+    """
+    if not is_grid(pool):
+        raise LayerFusionError(f"pool {reprlib.repr(pool)} is no grid: use 'grid:k' with k from 1 to {MAX_GRID}")
+    return [f"{pool} cell {number}" for number in range(int(pool.removeprefix(_GRID)) ** 2)]
+
+
+def pool_layers(pool: str, num_layers: int) -> tuple[str, list[int]]:
+    """Take `"grid:4@spaced:4"`, a pool that is read at some layers only, apart: the pool, and those layers.
+
+    Raises:
+        LayerFusionError: if there are no such layers.
+    """
+    name, at, where = pool.partition("@")
+    return name, resolve_layers(where, num_layers) if at else list(range(num_layers + 1))
+
+
+def is_cell(pool: str) -> bool:
+    """Whether a pool of a bank is one cell of a grid, well-formed or not; see `cell_place`."""
+    return pool.startswith(_GRID)
+
+
+def cell_place(pool: str) -> tuple[int, int]:
+    """Of a cell, the k of its grid and its number, row by row from 0.
+
+    Raises:
+        LayerFusionError: if there is no such cell.
+    """
+    found = _CELL.fullmatch(pool)
+    if found is None or not (int(found[1]) <= MAX_GRID and int(found[2]) < int(found[1]) ** 2):
+        raise LayerFusionError(
+            f"pool {reprlib.repr(pool)} is no cell of a grid: use 'grid:k cell n' with k from 1 to {MAX_GRID} and n below k * k"
+        )
+    return int(found[1]), int(found[2])
+
+
+def pool_group(pool: str) -> str:
+    """What a pool is shown under where there is little room: `"patches"`, `"grid:2"`, or its own name."""
+    if is_patch(pool):
+        return "patches"
+    return pool.partition(" cell ")[0] if is_cell(pool) else pool
+
+
 @dataclass(frozen=True)
 class TokenBank:
     """An ordered set of token coordinates: the N axis of every `(B, N, D)` tensor in this library."""
@@ -127,14 +195,18 @@ class TokenBank:
         """All combinations that exist in a backbone: not every layer has every module, or a CLS token.
 
         Args:
-            pools: `"cls"`, `"mean"`, and `"tokens"` for CLS and every patch.
+            pools: `"cls"`, `"mean"`, `"tokens"` for CLS and every patch, and `"grid:k"` for the means over k x k cells; with
+                `@` and layers behind it, such as `"grid:4@spaced:4"`, at those layers only.
             image_size: height and width in pixels, which decide the number of patches; `None` for the native size.
 
         Raises:
-            LayerFusionError: for `"tokens"` where the number of patches is not known, and for more tokens than fit.
+            LayerFusionError: for `"tokens"` and `"grid:k"` where the patches form no grid that is known, for a k that is
+                out of range, and for more tokens than fit.
         """
         coordinates: list[TokenCoordinate] = []
+        where = [pool_layers(pool, layout.num_layers) for pool in pools]
         for layer in layers:
+            pools = [pool for pool, read_at in where if layer in read_at]
             for module in modules:
                 if not layout.width(layer, module):
                     continue
@@ -151,6 +223,16 @@ class TokenBank:
                                 f"{list(image_size or layout.image_size or ())}: choose fewer layers or smaller images"
                             )
                         names += ["cls", *map(patch_pool, range(num_patches))]
+                    elif pool.startswith(_GRID):
+                        cells = grid_cells(pool)
+                        if layout.kind(module) == "tokens":  # maps are grids in any case
+                            layout.grid(layer, image_size, pool=pool)
+                        if len(coordinates) + len(names) + len(cells) > MAX_TOKENS:
+                            raise LayerFusionError(
+                                f"pools=['{pool}'] gives more than {MAX_TOKENS} tokens at layer {layer}: choose fewer "
+                                "layers or modules, or a smaller grid"
+                            )
+                        names += cells
                     else:
                         names.append(pool)
                 there = [pool for pool in names if pool != "cls" or layout.has_cls_at(layer, module)]
@@ -181,6 +263,17 @@ class TokenBank:
     def pools(self) -> list[str]:
         """The distinct pools, in order."""
         return list(dict.fromkeys(c.pool for c in self.coordinates))
+
+    @property
+    def groups(self) -> dict[TokenCoordinate, list[int]]:
+        """Positions by what figures show as one: the patches of an activation, the cells of a grid, or a single token.
+
+        The pool of a group is that of `pool_group`, so that its name is such as `layer 7 · block · grid:2`.
+        """
+        groups: dict[TokenCoordinate, list[int]] = {}
+        for position, (layer, module, pool) in enumerate(self.coordinates):
+            groups.setdefault(TokenCoordinate(layer, module, pool_group(pool)), []).append(position)
+        return groups
 
     def widths(self, layout: TokenLayout) -> list[int]:
         """The width of each token before it is padded."""
@@ -215,19 +308,22 @@ class TokenBank:
         modules: Sequence[str] | None = None,
         pools: Sequence[str] | None = None,
     ) -> TokenBank:
-        """The tokens whose coordinate is among the given ones; `None` keeps all.
+        """The tokens whose coordinate is among the given ones; `None` keeps all. A pool `"grid:k"` keeps all its cells.
 
         Raises:
             LayerFusionError: if a layer, module or pool is not in the bank, or nothing is left.
         """
         kept = self.coordinates
+        if pools is not None:
+            pools = [cell for pool in pools for cell in (grid_cells(pool) if is_grid(pool) else [pool])]
         for field, wanted in (("layer", layers), ("module", modules), ("pool", pools)):
             if wanted is None:
                 continue
             have = list(dict.fromkeys(getattr(c, field) for c in self.coordinates))
             absent = [value for value in wanted if value not in have]
             if absent:
-                raise LayerFusionError(f"no token of the bank has {field} {absent[0]!r}; it has {have}")
+                shown = list(dict.fromkeys(pool_group(pool) if is_cell(str(pool)) else pool for pool in have))
+                raise LayerFusionError(f"no token of the bank has {field} {absent[0]!r}; it has {shown}")
             kept = tuple(c for c in kept if getattr(c, field) in wanted)
         if not kept:
             raise LayerFusionError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -158,15 +159,85 @@ class TokenLayout:
         Raises:
             LayerFusionError: if the patches form no grid, so that their number was not learned.
         """
+        return math.prod(self.grid(layer, image_size))
+
+    def grid(self, layer: int, image_size: Sequence[int] | None = None, *, pool: str = "tokens") -> tuple[int, int]:
+        """Height and width of a layer's patch grid for images whose sides the backbone's strides divide.
+
+        Args:
+            layer: whose grid.
+            image_size: height and width in pixels; `None` for the native size.
+            pool: what needs the grid, for the message.
+
+        Raises:
+            LayerFusionError: if the patches form no grid, or none that was measured.
+        """
         grid = self.grids[layer]
         if grid is None or self.image_size is None:
             raise LayerFusionError(
-                f"pools=['tokens'] needs a grid of patches, which layer {layer} of this backbone does not have, or which "
+                f"pools=['{pool}'] needs a grid of patches, which layer {layer} of this backbone does not have, or which "
                 "was not measured: build the head with from_backbone, or use pools=['cls', 'mean']"
             )
+        return self._scaled(grid, image_size)
+
+    def grid_of(
+        self, layer: int, num_patches: int, image_size: Sequence[int] | None = None, *, pool: str = "tokens"
+    ) -> tuple[int, int]:
+        """Height and width of the grid that so many patches form.
+
+        It is `grid` where the backbone's strides divide the image; else backbones leave the rest out or pad it. Where they
+        do not divide native images, the stride itself is not known, and more grids are possible: the grid is told if only
+        one of them has that many patches. What is inside a stage's last block stands on the grid of the layer before, in
+        front of the stage's downsampling.
+
+        Args:
+            layer: whose grid.
+            num_patches: as many as there are.
+            image_size: height and width in pixels; `None` for the native size.
+            pool: what needs the grid, for the message.
+
+        Raises:
+            LayerFusionError: if the patches form no grid, or none that can be told.
+        """
+        expected = self.grid(layer, image_size, pool=pool)
+        before = [self.grids[layer - 1]] if self.reading == "hidden_states" and layer else []
+        for native in (self.grids[layer], *before):
+            if native is not None:
+                found = self._possible(native, num_patches, image_size)
+                if len(found) == 1:
+                    return found.pop()
+        pixels = image_size or self.image_size or ()
+        raise LayerFusionError(
+            f"pools=['{pool}'] needs the grid of the patches, but the {num_patches} patches of layer {layer} for images of "
+            f"{' x '.join(map(str, pixels))} px are not the {expected[0]} x {expected[1]} that were expected: use images whose "
+            "sides the backbone's strides divide"
+        )
+
+    def _scaled(self, grid: tuple[int, int], image_size: Sequence[int] | None) -> tuple[int, int]:
+        """A grid of native images, for images of another size."""
+        assert self.image_size is not None
         pixels = self.image_size if image_size is None else image_size
         height, width = (side * of // native for side, of, native in zip(grid, pixels, self.image_size, strict=True))
-        return height * width
+        return height, width
+
+    def _possible(
+        self, grid: tuple[int, int], num_patches: int, image_size: Sequence[int] | None
+    ) -> set[tuple[int, int]]:
+        """What a grid of native images may be for images of another size and so many patches."""
+        assert self.image_size is not None
+        pixels = self.image_size if image_size is None else image_size
+        sides = list(zip(grid, pixels, self.image_size, strict=True))
+        if all(native % side == 0 for side, _, native in sides):
+            rounded_up = tuple(-(-side * of // native) for side, of, native in sides)
+            either = (self._scaled(grid, image_size), (rounded_up[0], rounded_up[1]))
+            return {possible for possible in either if math.prod(possible) == num_patches}
+        # So many strides fit into a native image as the grid has, or less than one more or less.
+        rows, columns = (
+            range(max(1, (side - 1) * of // native), -(-(side + 1) * of // native) + 1) for side, of, native in sides
+        )
+        found = {(height, num_patches // height) for height in rows if num_patches % height == 0}
+        is_square = len(set(sides)) == 1
+        return {grid for grid in found if grid[1] in columns and (grid[0] == grid[1] or not is_square)}
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .bank import is_patch, patch_number
+from .bank import MAX_GRID, cell_place, grid_pool, is_cell, is_patch, patch_number
 from .errors import LayerFusionError
 from .layout import TokenLayout
 
 # `"tokens"` stands for CLS and every patch, each of which is then a pool of its own, such as `"patch 17"`.
 POOLS = ("cls", "mean", "tokens")
+# And what stands for a family of pools, in messages and help.
+GRID_POOLS = f"'grid:k' for the means over a k x k grid of cells, k from 1 to {MAX_GRID}"
 
 
 def pool_activation(
@@ -22,21 +24,25 @@ def pool_activation(
     pools: Sequence[str],
     batch_size: int,
     patch_mask: Tensor | None = None,
+    image_size: Sequence[int] | None = None,
 ) -> Tensor:
     """Pool one activation into one token per entry of `pools`.
 
     Args:
         activation: of `tap`, in the shape that `layout` gives for it.
         pools: `"cls"` takes the CLS token, `"mean"` averages the patch tokens, special tokens left out, `"patch 0"`,
-            `"patch 1"`, ... take single patches, all of which must be there.
+            `"patch 1"`, ... take single patches, all of which must be there, `"grid:k cell 0"`, ... average the patches
+            of a cell of a k x k grid over the image; row i of k is the patches' rows floor(i h / k) to
+            ceil((i + 1) h / k) of h, as in `torch.nn.AdaptiveAvgPool2d`.
         batch_size: B; the activation of some backbones has another first axis.
         patch_mask: `(B, T)`, which patches are there, where images of several sizes are padded to one number of them.
+        image_size: height and width of the images in pixels, which cells need; `None` for the native size.
 
     Returns:
         `(B, len(pools), D)`, contiguous, in the activation's dtype. A vector is one token already.
 
     Raises:
-        LayerFusionError: for a pool that does not exist here.
+        LayerFusionError: for a pool that does not exist here, and for a grid with more cells a side than there are patches.
     """
     layer, module = tap
     if layout.kind(module) == "vector":
@@ -50,6 +56,7 @@ def pool_activation(
             "size that the head was built for (image_size=), and one that the backbone's strides divide"
         )
     pooled = []
+    cells: dict[int, Tensor] = {}  # by k
     for pool in pools:
         if pool == "cls":
             if not layout.has_cls_at(layer, module):
@@ -60,8 +67,19 @@ def pool_activation(
             pooled.append(patches.mean(dim=1) if patch_mask is None else _masked_mean(patches, patch_mask))
         elif is_patch(pool):
             pooled.append(patches[:, patch_number(pool)])
+        elif is_cell(pool):
+            size, number = cell_place(pool)
+            if size not in cells:
+                if patch_mask is not None:
+                    raise LayerFusionError(
+                        f"pools=['{grid_pool(size)}'] needs images of one size, but these are padded to one number of "
+                        "patches: use pools=['mean']"
+                    )
+                grid = _grid(activation, layout, tap, patches.shape[1], image_size, grid_pool(size))
+                cells[size] = _cell_means(patches, grid, size, layer, image_size or layout.image_size)
+            pooled.append(cells[size][:, number])
         else:
-            raise LayerFusionError(f"pool {pool!r} is unknown: use one of {', '.join(POOLS)}")
+            raise LayerFusionError(f"pool {pool!r} is unknown: use one of {', '.join(POOLS)}, or {GRID_POOLS}")
     return torch.stack(pooled, dim=1)  # (B, P, D)
 
 
@@ -94,6 +112,39 @@ def split_tokens(
             f"measured on this backbone ({kind}, {layout.batching} batches of {batch_size})"
         )
     return patches, special
+
+
+def _grid(
+    activation: Tensor,
+    layout: TokenLayout,
+    tap: tuple[int, str],
+    num_patches: int,
+    image_size: Sequence[int] | None,
+    pool: str,
+) -> tuple[int, int]:
+    """Height and width of the grid of patches that an activation is."""
+    layer, module = tap
+    if layout.kind(module) == "tokens":
+        return layout.grid_of(layer, num_patches, image_size, pool=pool)
+    first = 2 if layout.kind(module) == "channels_first" else 1
+    return activation.shape[first], activation.shape[first + 1]
+
+
+def _cell_means(
+    patches: Tensor, grid: tuple[int, int], size: int, layer: int, image_size: Sequence[int] | None
+) -> Tensor:
+    """`(B, T, D)` patches to `(B, size * size, D)` means over the cells, row by row."""
+    if size > min(grid):
+        pixels = "" if image_size is None else f" for images of {image_size[0]} x {image_size[1]} px"
+        raise LayerFusionError(
+            f"pools=['{grid_pool(size)}'] asks for {size} cells a side, but layer {layer} is {grid[0]} patches high and "
+            f"{grid[1]} wide{pixels}: use 'grid:{min(grid)}' or less, larger images, or no layer that is so small"
+        )
+    maps = patches.transpose(1, 2).unflatten(2, grid)  # (B, D, H, W)
+    if maps.dtype in (torch.float16, torch.bfloat16):
+        maps = maps.float()  # some devices would round each partial sum
+    means = torch.nn.functional.adaptive_avg_pool2d(maps, size)  # (B, D, size, size)
+    return means.flatten(2).transpose(1, 2).to(patches.dtype)
 
 
 def _masked_mean(patches: Tensor, mask: Tensor) -> Tensor:

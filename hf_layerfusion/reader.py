@@ -28,9 +28,10 @@ def read_bank(
     batch_size = pixel_values.shape[0]  # not `len`, which torch.export takes for a constant
     masks = [backbone_kwargs[name] for name in _PATCH_MASKS if backbone_kwargs.get(name) is not None]
     patch_mask = masks[0].flatten(1) if masks else None
+    image_size = pixel_values.shape[-2:] if pixel_values.ndim > 3 else None  # else they are patches already
 
     def pool_tap(tap: Tap, activation: Tensor) -> Tensor:
-        return pool_activation(activation, layout, tap, pools[tap], batch_size, patch_mask)
+        return pool_activation(activation, layout, tap, pools[tap], batch_size, patch_mask, image_size)
 
     pooled = read_taps(backbone, layout, pools, pool_tap, pixel_values, **backbone_kwargs)
     width = bank.width(layout)

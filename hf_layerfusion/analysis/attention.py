@@ -38,6 +38,8 @@ class AttentionSummary:
             class labels.
         class_counts: the images of each class.
         label_names: names of classes, by number.
+        group_std: `(H, G)`, spread over images of the weight of each of the bank's groups (`TokenBank.groups`) as a whole;
+            `None` if no group has several tokens.
     """
 
     token_names: list[str]
@@ -50,6 +52,7 @@ class AttentionSummary:
     class_means: dict[int, Tensor] = field(default_factory=dict)
     class_counts: dict[int, int] = field(default_factory=dict)
     label_names: dict[int, str] = field(default_factory=dict)
+    group_std: Tensor | None = None
 
     @property
     def token_weights(self) -> Tensor:
@@ -79,6 +82,19 @@ class AttentionSummary:
         for layer, weight in zip(self._layers(), self.token_weights.tolist(), strict=True):
             weights[layer] = weights.get(layer, 0.0) + weight
         return dict(sorted(weights.items()))
+
+    @property
+    def grouped(self) -> tuple[list[str], Tensor, Tensor, list[int]]:
+        """What a figure has room for: the patches of an activation, and the cells of a grid, as one.
+
+        Names of the G groups, mean and spread of the weight of each as a whole, `(H, G)`, and how many tokens each has.
+        The tokens themselves where no group has several, or where the spread of groups is not known.
+        """
+        if self.bank is None or self.group_std is None:
+            return self.token_names, self.mean, self.std, [1] * len(self.token_names)
+        groups = self.bank.groups
+        sizes = [len(positions) for positions in groups.values()]
+        return [group.name for group in groups], _group_sums(self.mean, groups.values()), self.group_std, sizes
 
     @property
     def depth_by_head(self) -> Tensor:
@@ -147,6 +163,11 @@ class AttentionSummary:
         Path(path).write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False), encoding="utf-8")
 
 
+def _group_sums(weights: Tensor, groups: Iterable[list[int]]) -> Tensor:
+    """`(..., N)` to `(..., G)`."""
+    return torch.stack([weights[..., positions].sum(dim=-1) for positions in groups], dim=-1)
+
+
 def _rounded(values: Tensor) -> list[float]:
     return [round(value, 6) for value in values.tolist()]
 
@@ -165,9 +186,11 @@ def summarise_attentions(
         LayerFusionError: if the head has no attention, or there are no batches.
     """
     count = 0
-    total = squares = entropy = torch.zeros(0)
+    total = squares = entropy = group_squares = torch.zeros(0)
     class_totals: dict[int, Tensor] = {}
     class_counts: dict[int, int] = {}
+    bank = model.config.bank
+    groups = list(bank.groups.values())
     model.eval()
     for batch in batches:
         inputs = {key: value.to(model.device) for key, value in batch.items() if key not in _LABELS}
@@ -179,8 +202,11 @@ def summarise_attentions(
         if not count:
             total = squares = by_head.new_zeros(by_head.shape[1:])
             entropy = by_head.new_zeros(by_head.shape[1])
+            group_squares = by_head.new_zeros(by_head.shape[1], len(groups))
         total = total + by_head.sum(dim=0)
         squares = squares + by_head.square().sum(dim=0)
+        if len(groups) < len(bank):
+            group_squares = group_squares + _group_sums(by_head, groups).square().sum(dim=0)
         entropy = entropy + torch.special.entr(by_head).sum(dim=(0, 2))
         count += len(by_head)
         labels = _class_labels(batch)
@@ -192,17 +218,21 @@ def summarise_attentions(
         raise LayerFusionError("there are no images to explain")
     mean = total / count
     std = (squares / count - mean.square()).clamp_min(0).sqrt()
+    group_std = None
+    if len(groups) < len(bank):
+        group_std = (group_squares / count - _group_sums(mean, groups).square()).clamp_min(0).sqrt()
     return AttentionSummary(
         model.config.token_names,
         mean,
         std,
         count,
-        bank=model.config.bank,
+        bank=bank,
         num_layers=model.config.layout.num_layers,
         entropy=entropy / count,
         class_means={number: class_totals[number] / class_counts[number] for number in sorted(class_totals)},
         class_counts=dict(sorted(class_counts.items())),
         label_names={int(number): name for number, name in model.config.id2label.items()},
+        group_std=group_std,
     )
 
 

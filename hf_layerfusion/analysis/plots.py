@@ -31,6 +31,9 @@ _SHORT_NAMES = {
     "noise_probability": "noise probability",
     "num_queries": "queries",
     "num_heads": "heads",
+    "ridge_penalty": "penalty",
+    "mixup_alpha": "mixup",
+    "layer_dropout": "layer dropout",
 }
 # More panels, rows or ticks than this nobody reads.
 _MOST_PANELS, _MOST_ROWS, _MOST_TICKS = 4, 30, 7
@@ -39,10 +42,13 @@ _MOST_PANELS, _MOST_ROWS, _MOST_TICKS = 4, 30, 7
 def plot_attention(summary: AttentionSummary, path: str | Path, title: str = "Layer attention") -> None:
     """Write a heatmap (heads x tokens) of mean and spread, below the weight of each token, as PNG.
 
+    The patches of an activation, and the cells of a grid, are shown as one token, whose weight is their sum.
+
     Raises:
         LayerFusionError: if matplotlib is not installed.
     """
-    num_heads, num_tokens = summary.mean.shape
+    names, mean, std, sizes = summary.grouped
+    num_heads, num_tokens = mean.shape
     shows_heads = num_heads > 1
     width = max(7.0, 0.34 * num_tokens + 2.2)
     panel = max(1.6, 0.16 * num_heads)
@@ -50,12 +56,14 @@ def plot_attention(summary: AttentionSummary, path: str | Path, title: str = "La
     ratios = [2.0, panel, panel] if shows_heads else [2.0]
     rows = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
     positions = range(num_tokens)
-    spread = None if shows_heads else summary.std[0].tolist()
-    rows[0].bar(positions, summary.token_weights.tolist(), yerr=spread, color=BLUE, width=0.8)
-    rows[0].axhline(1 / num_tokens, color=GREY, linestyle="--", linewidth=1)
+    spread = None if shows_heads else std[0].tolist()
+    rows[0].bar(positions, mean.mean(dim=0).tolist(), yerr=spread, color=BLUE, width=0.8)
+    shares = [size / sum(sizes) for size in sizes]
+    edges = [place - 0.5 for place in range(num_tokens + 1)]
+    rows[0].stairs(shares, edges, baseline=None, color=GREY, linestyle="--", linewidth=1)
     uniform = rows[0].annotate(  # beside the axes, where no bar can hide it
         "uniform",
-        (1, 1 / num_tokens),
+        (1, shares[-1]),
         xycoords=rows[0].get_yaxis_transform(),
         xytext=(3, 0),
         textcoords="offset points",
@@ -70,8 +78,8 @@ def plot_attention(summary: AttentionSummary, path: str | Path, title: str = "La
         from matplotlib.ticker import MaxNLocator
 
         for axis, values, name, colours in (
-            (rows[1], summary.mean, "mean over images", "viridis"),
-            (rows[2], summary.std, "spread over images (std)", "cividis"),
+            (rows[1], mean, "mean over images", "viridis"),
+            (rows[2], std, "spread over images (std)", "cividis"),
         ):
             # Without the lower limit, a spread of rounding errors would look like one of images.
             highest = max(float(values.max()), MIN_COLOUR_RANGE)
@@ -81,13 +89,15 @@ def plot_attention(summary: AttentionSummary, path: str | Path, title: str = "La
             axis.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             axis.set_ylabel("attention head")
             figure.colorbar(image, ax=axis, label=name, pad=0.01)
-    rows[-1].set_xticks(list(positions), summary.token_names, rotation=90, fontsize=8)
+    rows[-1].set_xticks(list(positions), names, rotation=90, fontsize=8)
     rows[-1].set_xlim(-0.5, num_tokens - 0.5)
     figure.savefig(path)
 
 
 def plot_sweep(result: SweepResult, path: str | Path | BinaryIO) -> None:
     """Write what a sweep found as PNG: validation curves on the left, the score of each setting on the right.
+
+    Heads in closed form have no epochs: their curve is over penalties.
 
     On the right, scores stand over weight decay (or learning rate, if the grid varies no decay), with a panel for each
     combination of what else the grid varies; where that would be more than four panels, or the grid varies neither, each
@@ -106,7 +116,10 @@ def plot_sweep(result: SweepResult, path: str | Path | BinaryIO) -> None:
     figure = new_figure(width, height)
     layout = figure.add_gridspec(down, 1 + along)
     curves = figure.add_subplot(layout[:, 0])
-    _draw_curves(curves, result)
+    if all(setting.ridge_penalty is not None for setting in result.settings):
+        _draw_penalties(curves, result, rows)
+    else:
+        _draw_curves(curves, result)
     if not panels:
         _draw_strip(figure.add_subplot(layout[0, 1]), result, rows)
     axes: list[Axes] = []
@@ -135,7 +148,7 @@ def _panels(result: SweepResult) -> dict[str, set[int]]:
 
 def setting_name(values: Mapping[str, Any], fields: Sequence[str]) -> str:
     """Such as `lr 0.01 · decay 0.1`."""
-    return " · ".join(_value_name(name, values[name]) for name in fields if values[name] is not None)
+    return " · ".join(_value_name(name, values[name]) for name in fields if values.get(name) is not None)
 
 
 def _value_name(name: str, value: Any) -> str:
@@ -185,6 +198,21 @@ def _draw_curves(axis: Axes, result: SweepResult) -> None:
     axis.grid(alpha=0.3)
     axis.set_title(textwrap.fill(f"chosen: {_chosen_name(result)}", 50), color=_CHOSEN_COLOUR, fontsize=11)
     _limit(axis, [score for curve in result.curves for score in curve["scores"]])
+
+
+def _draw_penalties(axis: Axes, result: SweepResult, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Mean score over penalty, a line for each recipe."""
+    for place, recipe in enumerate(dict.fromkeys(row["recipe"] for row in result.trials)):
+        points = sorted((row["ridge_penalty"], row["mean"]) for row in rows if row["recipe"] == recipe)
+        axis.plot(*zip(*points, strict=True), marker="o", color=_LINE_COLOURS[place % 6], label=recipe)
+    axis.plot([result.best.ridge_penalty], [result.best_score], **_RING)  # type: ignore[arg-type]
+    axis.set_xscale("log")
+    axis.set_xlabel("penalty")
+    axis.set_ylabel(f"{result.score_name} (validation)")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    axis.set_title(textwrap.fill(f"chosen: {_chosen_name(result)}", 50), color=_CHOSEN_COLOUR, fontsize=11)
+    _limit(axis, [row["mean"] for row in rows])
 
 
 def _limit(axis: Axes, values: Sequence[float]) -> None:

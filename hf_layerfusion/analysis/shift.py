@@ -143,6 +143,10 @@ def estimate_shift(
     selected = features.bank.select(modules=[module], pools=[pool])
     features = features.select_bank(TokenBank(tuple(sorted(selected.coordinates))))
     layers = [coordinate.layer for coordinate in features.bank.coordinates]
+    if len(set(layers)) < len(layers):
+        raise LayerFusionError(
+            f"shift is estimated from one token of each layer, but pool={pool!r} has several: name one"
+        )
     if len(layers) < 2:
         raise LayerFusionError(f"shift is estimated between layers, but the features have layer {layers[0]} only")
     _check_size(features, subset_size, "data set has")

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..analysis.plots import MIN_COLOUR_RANGE
-from ..bank import TokenBank, is_patch
+from ..bank import TokenBank, cell_place, is_cell, is_patch
 from ..configuration_layer_fusion import LayerFusionConfig
 from ..hub.push import public_name
 from ..hub.record import plain_text
@@ -231,7 +231,7 @@ def _render_columns(bank: TokenBank, by_layer: Mapping[int, float], typical: Typ
 
 
 def _render_heatmap(config: LayerFusionConfig, attentions: Tensor) -> str:
-    """Tokens (rows) by attention heads (columns); all patches of an activation share a row."""
+    """Tokens (rows) by attention heads (columns); all patches of an activation share a row, and all cells of a grid."""
     rows = _rows(config.bank)
     by_head = attentions.double().numpy()  # (H, N)
     values = np.stack([by_head[:, positions].sum(axis=1) for _, positions in rows])  # (rows, H)
@@ -271,51 +271,51 @@ def _render_heatmap(config: LayerFusionConfig, attentions: Tensor) -> str:
         f'<div class="lf-ticks" aria-hidden="true">{ticks}</div>'
         f'<div class="lf-axis lf-axis-heads">{axis}</div><div class="lf-axis lf-axis-mean">mean</div></div>'
         '<p class="lf-small">A token is what the backbone holds at one place: of a layer, its CLS vector, the mean over the '
-        f"patches, or the patches themselves. {shares}</p></figure>"
+        f"patches, the means over the cells of a grid of them, or the patches themselves. {shares}</p></figure>"
     )
 
 
 def _render_maps(config: LayerFusionConfig, weights: np.ndarray) -> str:
-    """For heads that read every patch: where in the picture the weight lies, one map per activation."""
+    """For heads that read every patch, or cells: where in the picture the weight lies, one map per activation and grid."""
     bank, layout = config.bank, config.layout
     maps = []
     for name, positions in _rows(bank):
         layer, _, pool = bank.coordinates[positions[0]]
-        if not is_patch(pool):
+        if is_patch(pool):
+            height, width = layout.grid(layer, config.image_size)
+            aspect = f"{width}/{height}"
+        elif is_cell(pool) and len(positions) > 1:
+            height = width = cell_place(pool)[0]
+            pixels = config.image_size or layout.image_size or (1, 1)
+            aspect = f"{pixels[1]}/{pixels[0]}"
+        else:
             continue
-        grid, native = layout.grids[layer], layout.image_size
-        if grid is None or native is None:  # as `TokenLayout.num_patches` has it, patches have both
-            continue
-        sides = zip(grid, config.image_size or native, native, strict=True)
-        height, width = (side * pixels // of for side, pixels, of in sides)
         values = weights[positions].reshape(height, width)
         total, highest = float(values.sum()), max(float(values.max()), 1e-12)
         top, left = divmod(int(values.argmax()), width)
         alt = f"Map of {name}: most weight in row {top + 1} of {height} from the top, column {left + 1} of {width}"
         maps.append(
             f'<div class="lf-map"><img alt="{_text(alt)}" src="{_picture(values / highest)}" '
-            f'style="aspect-ratio:{width}/{height}"><span>{_text(name)}: {_percent(total)}</span></div>'
+            f'style="aspect-ratio:{aspect}"><span>{_text(name)}: {_percent(total)}</span></div>'
         )
     if not maps:
         return ""
     return (
         '<figure class="lf-figure"><figcaption><h3>Where in the picture</h3></figcaption>'
         f'<div class="lf-maps">{"".join(maps)}</div><p class="lf-small">The picture as the backbone sees it, resized and '
-        "perhaps cropped. Mean over the attention heads; bright patches have the most weight of their layer.</p></figure>"
+        "perhaps cropped. Mean over the attention heads; bright places have the most weight of their layer.</p></figure>"
     )
 
 
 def _rows(bank: TokenBank) -> list[tuple[str, list[int]]]:
     """Names and token positions of the heatmap's rows, in the bank's order."""
-    rows: dict[tuple[int, str, str], list[int]] = {}
-    for position, (layer, module, pool) in enumerate(bank.coordinates):
-        rows.setdefault((layer, module, "patches" if is_patch(pool) else pool), []).append(position)
-    names = bank.names
     named = []
-    for (_, _, pool), positions in rows.items():
-        name = names[positions[0]]
-        if pool == "patches":
+    for group, positions in bank.groups.items():
+        name = group.name
+        if group.pool == "patches":
             name = f"{name.rsplit(' · ', 1)[0]} · {len(positions)} patches"
+        elif is_cell(group.pool):
+            name = f"{name} ({len(positions)} cell{_s(len(positions))})"
         named.append((name, positions))
     return named
 

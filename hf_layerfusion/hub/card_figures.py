@@ -150,8 +150,9 @@ def draw_attention(attention: dict[str, Any], path: str | Path) -> None:
 def _by_layer(attention: dict[str, Any]) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Names, weights `(H, M)` and equal shares `(M,)` of what is shown: tokens, and the patches of a layer together."""
     names = [re.sub(r"patch \d+$", "patches", plain_text(name, 40)) for name in attention["token_names"]]
+    names = [re.sub(r"(grid:\d+) cell \d+$", r"\1", name) for name in names]
     mean = np.asarray(attention["mean"], dtype=np.float64)
-    if not any(name.endswith("patches") for name in names):
+    if not any(re.search(r"patches$|grid:\d+$", name) for name in names):
         return names, mean, np.full(len(names), 1 / len(names))
     shown = list(dict.fromkeys(names))
     belongs = np.array([[name == other for other in shown] for name in names], dtype=np.float64)  # (N, M)

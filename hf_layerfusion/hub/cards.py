@@ -16,7 +16,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..configuration_layer_fusion import LayerFusionConfig
+from ..configuration_layer_fusion import ATTENDING_HEADS, LayerFusionConfig
 from ..files import write_file
 from ..recipes import find_recipe
 from ..version import __version__
@@ -267,13 +267,23 @@ def _facts(config: LayerFusionConfig, record: dict[str, Any], head_parameters: i
         ("backbone", f"{code(_shown_backbone(config))}, revision {code(revision)}"),
         ("recipe", recipe),
         ("tokens", tokens),
-        ("head", f"{config.head_type}, {head_parameters:,} parameters"),
+        ("head", f"{config.head_type}{_head_parts(config)}, {head_parameters:,} parameters"),
         ("labels", _shown_labels(config)),
     ]
     if "dataset" in record:
         images = f", {record['train_images']:,} training images" if "train_images" in record else ""
         rows.append(("trained on", f"{code(record['dataset'])}{images}"))
     return _table(("", ""), rows)
+
+
+def _head_parts(config: LayerFusionConfig) -> str:
+    """Of a head with several queries or with embeddings, what its kind does not say."""
+    if config.head_type not in ATTENDING_HEADS:
+        return ""
+    parts = f", {config.num_queries} queries" if config.num_queries > 1 else ""
+    if parts and config.head_type == "attentive":
+        parts += " whose outputs are averaged" if config.query_fusion == "mean" else " side by side"
+    return f"{parts}, embeddings of the tokens' places" if config.token_embeddings else parts
 
 
 def _shown_labels(config: LayerFusionConfig) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..bank import TokenCoordinate
+from ..bank import TokenBank, TokenCoordinate
 from ..errors import LayerFusionError
 from ..style import BLACK, BLUE, GREEN, GREY, MARKERS, VERMILION, new_figure
 
@@ -214,7 +214,8 @@ def _mean_panel(
 def plot_attention_heads(runs: Sequence[Run], path: Path, *, title: str) -> None:
     """Above the weight of each token, a mean over heads and runs; below it what each head of the first run does.
 
-    Heads of different runs have nothing in common but their number, so they are not averaged.
+    Heads of different runs have nothing in common but their number, so they are not averaged. The patches of an
+    activation, and the cells of a grid, are shown as one token, whose weight is their sum.
 
     Args:
         runs: of one recipe, all with attention to the same tokens.
@@ -224,8 +225,9 @@ def plot_attention_heads(runs: Sequence[Run], path: Path, *, title: str) -> None
     Raises:
         LayerFusionError: if matplotlib is not installed.
     """
-    first = _attention(runs[0])
-    weights = np.array([_attention(run).mean(axis=0) for run in runs])
+    groups, first = group_weights(runs[0].bank, _attention(runs[0]))
+    _, uniform = group_weights(runs[0].bank, np.full(_attention(runs[0]).shape[1], 1 / _attention(runs[0]).shape[1]))
+    weights = np.array([group_weights(run.bank, _attention(run).mean(axis=0))[1] for run in runs])
     num_heads, num_tokens = first.shape
     panel = min(5.0, max(1.2, 0.16 * num_heads))
     with_heads = num_heads > 1
@@ -234,7 +236,8 @@ def plot_attention_heads(runs: Sequence[Run], path: Path, *, title: str) -> None
     rows = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
     spread = 100 * np.std(weights, axis=0, ddof=1) if len(runs) > 1 else None
     rows[0].bar(range(num_tokens), 100 * weights.mean(axis=0), yerr=spread, color=BLUE, width=0.8)
-    rows[0].axhline(100 / num_tokens, color=GREY, linestyle="--", linewidth=1)
+    edges = np.arange(num_tokens + 1) - 0.5
+    rows[0].stairs(100 * uniform, edges, baseline=None, color=GREY, linestyle="--", linewidth=1)
     runs_said = f"{len(runs)} runs, ± their standard deviation" if len(runs) > 1 else "1 run"
     rows[0].set_title(f"mean over heads ({runs_said}; dashed: uniform)", fontsize=9, loc="left")
     rows[0].set_ylabel("weight (%)", fontsize=9)
@@ -250,7 +253,7 @@ def plot_attention_heads(runs: Sequence[Run], path: Path, *, title: str) -> None
         key = runs[0].key
         rows[1].set_title(f"heads of split {key.split}, seed {key.seed}", fontsize=9, loc="left")
         figure.colorbar(image, ax=rows[1], label="weight (%)", pad=0.01)
-    _name_tokens(rows[-1], runs[0].bank, num_tokens)
+    _name_tokens(rows[-1], groups, num_tokens)
     rows[-1].set_xlim(-0.5, num_tokens - 0.5)
     _title(figure, title)
     _save(figure, path)
@@ -260,6 +263,16 @@ def _attention(run: Run) -> np.ndarray:
     if run.attention is None:
         raise LayerFusionError(f"the run {run.key.stem} has no attention to draw")
     return run.attention
+
+
+def group_weights(
+    bank: Sequence[tuple[int, str, str]], weights: np.ndarray
+) -> tuple[list[TokenCoordinate], np.ndarray]:
+    """The groups of a bank's tokens (`TokenBank.groups`), and `(..., N)` weights of tokens as `(..., G)` of groups."""
+    groups = TokenBank.from_list(bank).groups
+    if weights.shape[-1] != len(bank):  # all patches of a layer stand behind one coordinate
+        return list(groups), weights
+    return list(groups), np.stack([weights[..., positions].sum(axis=-1) for positions in groups.values()], axis=-1)
 
 
 def _name_tokens(axis: Axes, bank: Sequence[tuple[int, str, str]], num_tokens: int) -> None:

@@ -143,9 +143,10 @@ def _write_attention_table(
         row.append(f"{entropy:.2f} of {math.log(len(weights)):.2f}")
         bank = runs[0].bank
         if len(bank) == len(weights):
-            names, _ = figures.token_labels(bank)
-            top = np.argsort(-weights, kind="stable")[:3]
-            row.append(", ".join(f"{names[place]} ({100 * weights[place]:.0f} %)" for place in top))
+            groups, shares = figures.group_weights(bank, weights)
+            names, _ = figures.token_labels(groups)
+            top = np.argsort(-shares, kind="stable")[:3]
+            row.append(", ".join(f"{names[place]} ({100 * shares[place]:.0f} %)" for place in top))
             masses[dataset] = {
                 layer: float(sum(weights[n] for n, t in enumerate(bank) if t[0] == layer)) for layer in runs[0].layers
             }
