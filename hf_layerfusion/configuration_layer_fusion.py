@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .bank import TokenBank, resolve_layers
+from .bank import TokenBank, is_grid, pool_layers, resolve_layers
 from .errors import LayerFusionError
 from .hub.safety import FLOAT_TYPES, MAX_LABELS, check_backbone_values, check_dtype
 from .layout import MAX_SIDE, MODULES, TokenLayout
-from .pooling import POOLS
+from .pooling import GRID_POOLS, POOLS
 from .recipes import Recipe, find_recipe
 from .version import __version__
 
-HEAD_TYPES = ("attentive", "linear", "scalar_mix")
+HEAD_TYPES = ("attentive", "efficient", "linear", "scalar_mix")
+# Those whose learned queries attend over the bank.
+ATTENDING_HEADS = ("attentive", "efficient")
+QUERY_FUSIONS = ("concat", "mean")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-NORMALIZATIONS = ("l2", "none")
+NORMALIZATIONS = ("l2", "none", "standardize")
+LOSSES = ("cross_entropy", "squared")
 WIDTH_ALIGNMENTS = ("pad", "project")
 
 MAX_QUERIES = 2**12
 MAX_HEAD_DIM_MULTIPLIER = 2**8
+# A mixture of two rows in equal parts, to one in a hundred; what draws from a Beta distribution stays finite.
+MAX_MIXUP_ALPHA = 1000
+# Backbones whose tokens stand unit by unit of their masks, and not row by row.
+_NOT_ROW_BY_ROW = ("hiera",)
 
 # Fields of transformers' configs that Trainer and older versions write, and that mean nothing to a head.
 _IDLE = (
@@ -63,18 +73,35 @@ class LayerFusionConfig(PreTrainedConfig):
         modules: points inside a layer: `"ln1"`, `"attention"`, `"residual"`, `"ln2"`, `"fc1"`, `"activation"`, `"fc2"`,
             `"block"`; of the last layer also `"final_norm"` and `"pooler"`. `layerfusion info` names those that a
             backbone has.
-        pools: `"cls"`, `"mean"`, and `"tokens"` for CLS and every patch.
+        pools: `"cls"`, `"mean"`, `"tokens"` for CLS and every patch, and `"grid:k"`, such as `"grid:2"`, for the means
+            over the cells of a k x k grid over the image, k from 1 to 16, which exist at any image size. With `@` and
+            layers behind it, such as `"grid:4@spaced:4"`, a pool is read at those of `layers` only.
         image_size: height and width in pixels of the images, which `"tokens"` needs to know; `None` for the backbone's
             native size.
         width_alignment: how tokens of several widths come to one: `"pad"` with zeros (the reference), or `"project"`
             by a learned projection per width, which begins as padding.
-        token_normalization: `"l2"` divides each token by its norm (paper, section 3), `"none"` leaves it.
+        token_normalization: `"l2"` divides each token by its norm (paper, section 3), `"none"` leaves it, `"standardize"`
+            takes the mean of the training rows from each coordinate of each token, and divides by their standard
+            deviation; `None` for the recipe's, or `"l2"`.
         noise_std: standard deviation of Gaussian noise on the normalised tokens in training (the reference: 0.05);
             `None` for the recipe's, which is 0 but for `aat-quarterly`.
         noise_probability: share of the samples that get noise (the reference: 0.5).
-        head_type: `"attentive"`, `"linear"`, `"scalar_mix"`.
+        mixup_alpha: in training, mix each normalised row with another of its batch in the proportion of one draw per batch
+            from Beta(alpha, alpha), and their losses likewise (arXiv 1710.09412); `None` for the recipe's, or 0: off.
+        layer_dropout: probability, in training, that a row goes without all tokens of a layer; `None` for the recipe's, or
+            0. Those left are scaled up as in dropout.
+        loss: `"cross_entropy"` (of labels that are no classes: binary cross-entropy or mean squared error), or
+            `"squared"`, for classes alone: the squared distance of the head's outputs from 1 for the row's class and 0 for
+            the others (arXiv 2006.07322), and logits that are ten times these outputs; `None` for the recipe's, or
+            `"cross_entropy"`.
+        head_type: `"attentive"`, `"efficient"` (arXiv 2506.10178: the queries attend to the tokens themselves, and each has
+            values of its own), `"linear"`, `"scalar_mix"`.
         num_heads: attention heads; `None` for the recipe's, or one per token if it has none.
-        num_queries: learned queries.
+        num_queries: learned queries of an attentive or efficient head; `None` for the recipe's, or one.
+        query_fusion: how the outputs of several queries of an attentive head come together: `"concat"` or `"mean"`; `None`
+            for the recipe's, or `"concat"`.
+        token_embeddings: whether an attentive or efficient head learns a vector for each layer and module, and one for each
+            pool or cell, and adds both to the normalised tokens; `None` for the recipe's, or `False`.
         head_dim_multiplier: the width of an attention head is this times `D // num_heads` (the reference: 2).
         attention_dropout: on the attention weights; `None` for the recipe's.
         projection_dropout: after the output projection.
@@ -98,9 +125,16 @@ class LayerFusionConfig(PreTrainedConfig):
         pools: list[str]
         image_size: list[int] | None
         head_type: str
+        num_queries: int
+        query_fusion: str
+        token_embeddings: bool
         attention_dropout: float
+        token_normalization: str
         noise_std: float
         noise_probability: float
+        mixup_alpha: float
+        layer_dropout: float
+        loss: str
         freeze_backbone: bool
 
     model_type = "layer_fusion"
@@ -117,12 +151,17 @@ class LayerFusionConfig(PreTrainedConfig):
     pools: list | None = None  # type: ignore[no-redef]
     image_size: Any = None  # type: ignore[no-redef]
     width_alignment: str = "pad"
-    token_normalization: str = "l2"
+    token_normalization: str | None = None  # type: ignore[no-redef]
     noise_std: float | None = None  # type: ignore[no-redef]
     noise_probability: float | None = None  # type: ignore[no-redef]
+    mixup_alpha: float | None = None  # type: ignore[no-redef]
+    layer_dropout: float | None = None  # type: ignore[no-redef]
+    loss: str | None = None  # type: ignore[no-redef]
     head_type: str | None = None  # type: ignore[no-redef]
     num_heads: int | None = None
-    num_queries: int = 1
+    num_queries: int | None = None  # type: ignore[no-redef]
+    query_fusion: str | None = None  # type: ignore[no-redef]
+    token_embeddings: bool | None = None  # type: ignore[no-redef]
     head_dim_multiplier: int = 2
     attention_dropout: float | None = None  # type: ignore[no-redef]
     projection_dropout: float = 0.0
@@ -136,6 +175,8 @@ class LayerFusionConfig(PreTrainedConfig):
         # Here, because some versions of transformers check this field's type before `__post_init__`.
         if name == "problem_type" and value is not None and value not in PROBLEM_TYPES:
             raise LayerFusionError(f"problem_type {value!r} is unknown: choose from {PROBLEM_TYPES}")
+        if name == "problem_type" and value is not None and self.loss is not None:  # set on a finished config
+            _check_loss(self.loss, value)
         super().__setattr__(name, value)
 
     @classmethod
@@ -166,6 +207,11 @@ class LayerFusionConfig(PreTrainedConfig):
             raise LayerFusionError(
                 f"recipe {self.recipe!r} is a model of scikit-learn and no head: use fit_estimator, or layerfusion study"
             )
+        if recipe.kind == "choice":
+            raise LayerFusionError(
+                f"recipe {self.recipe!r} chooses among {', '.join(recipe.candidates)} on validation rows: give it to sweep "
+                "or layerfusion train, or name one of them"
+            )
         _check_label_maps(self.id2label, self.label2id, kwargs.get("num_labels"))
         self.backbone_config = _as_config(self.backbone_config)
         # The parent hands its attention implementation down, so without this it would reset the backbone's to None.
@@ -183,14 +229,21 @@ class LayerFusionConfig(PreTrainedConfig):
         self.layers, self.modules, self.pools = chosen
         if self.image_size is not None:
             self.image_size = _as_size(self.image_size)
-        elif "tokens" in self.pools and layout.image_size is not None:
+        elif "tokens" in _pool_names(self.pools) and layout.image_size is not None:
             self.image_size = list(layout.image_size)
-        if "cls" in self.pools and not layout.has_cls:
+        if "cls" in _pool_names(self.pools) and not layout.has_cls:
             raise LayerFusionError(f"pools={self.pools}: this backbone has no CLS token, use pools=['mean']")
         filled = {
+            "token_normalization": "l2",
             "attention_dropout": 0.0,
             "noise_std": 0.0,
             "noise_probability": 0.5,
+            "mixup_alpha": 0.0,
+            "layer_dropout": 0.0,
+            "loss": "cross_entropy",
+            "num_queries": 1,
+            "query_fusion": "concat",
+            "token_embeddings": False,
             "freeze_backbone": recipe.kind != "fine_tune",
         }
         for option, value in {**filled, **recipe.head_options}.items():
@@ -204,11 +257,18 @@ class LayerFusionConfig(PreTrainedConfig):
             raise LayerFusionError(
                 f"this backbone has no {absent[0]!r}: its modules are {', '.join(self.layout.modules)}"
             )
-        _check_choices("pools", self.pools, POOLS)
+        _check_choices("pools", _pool_names(self.pools), POOLS, is_grid, f", or {GRID_POOLS}")
+        model_type = self.backbone_config.model_type
+        if model_type in _NOT_ROW_BY_ROW and any(map(is_grid, _pool_names(self.pools))):
+            raise LayerFusionError(
+                f"pools={self.pools}: the tokens of a {model_type!r} backbone do not stand row by row, so no cell of a grid "
+                "is known: use pools=['cls', 'mean'], or those of them that it has"
+            )
         _check_choices("head_type", [self.head_type], HEAD_TYPES)
         _check_choices("width_alignment", [self.width_alignment], WIDTH_ALIGNMENTS)
         _check_choices("token_normalization", [self.token_normalization], NORMALIZATIONS)
         _check_choices("head_implementation", [self.head_implementation], ("fast", "explicit"))
+        _check_choices("query_fusion", [self.query_fusion], QUERY_FUSIONS)
         if not len(self.bank):
             raise LayerFusionError(
                 f"layers={self.layers}, modules={self.modules} and pools={self.pools} select no token: layer 0 has only "
@@ -220,9 +280,16 @@ class LayerFusionConfig(PreTrainedConfig):
                 f"a scalar_mix head needs the same pools in every layer, but the bank is {', '.join(self.token_names)}: "
                 "use pools=['mean'] and no 'pooler'"
             )
-        for name in ("attention_dropout", "projection_dropout", "noise_probability"):
+        _check_choices("loss", [self.loss], LOSSES)
+        is_number = self.problem_type is None and self.num_labels == 1
+        _check_loss(self.loss, "regression" if is_number else self.problem_type)
+        for name in ("attention_dropout", "projection_dropout", "noise_probability", "layer_dropout"):
             if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) <= 1:
                 raise LayerFusionError(f"{name}={getattr(self, name)!r} is not a probability: use 0 to 1")
+        if not _is_number(self.mixup_alpha) or not 0 <= self.mixup_alpha <= MAX_MIXUP_ALPHA:
+            raise LayerFusionError(
+                f"mixup_alpha={reprlib.repr(self.mixup_alpha)}: use 0 for no mixup, or a positive number up to {MAX_MIXUP_ALPHA}"
+            )
         for name in ("noise_std", "backbone_lr_factor"):
             if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
                 raise LayerFusionError(f"{name}={getattr(self, name)!r}: use 0 or a positive number")
@@ -233,6 +300,11 @@ class LayerFusionConfig(PreTrainedConfig):
         for name, limit in {"num_queries": MAX_QUERIES, "head_dim_multiplier": MAX_HEAD_DIM_MULTIPLIER}.items():
             if getattr(self, name) > limit:
                 raise LayerFusionError(f"{name}={reprlib.repr(getattr(self, name))}: use at most {limit}")
+        if self.head_type == "efficient" and self.num_queries > self.hidden_size:
+            raise LayerFusionError(
+                f"num_queries={self.num_queries} does not fit tokens of width {self.hidden_size}, which the queries of an "
+                "efficient head share out"
+            )
         if self.num_heads is not None and self.num_heads > self.hidden_size:
             raise LayerFusionError(f"num_heads={self.num_heads} does not fit tokens of width {self.hidden_size}")
         if self.class_weights is not None and not isinstance(self.class_weights, list | tuple):
@@ -246,7 +318,7 @@ class LayerFusionConfig(PreTrainedConfig):
 
     def _check_kinds(self) -> None:
         """Fields that no arithmetic reads, but files and messages do."""
-        for name in ("freeze_backbone", "includes_backbone"):
+        for name in ("freeze_backbone", "includes_backbone", "token_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise LayerFusionError(f"{name}={reprlib.repr(getattr(self, name))}: use True or False")
         for name in ("backbone_name_or_path", "backbone_revision"):
@@ -310,6 +382,9 @@ def recipe_bank(name: str, layout: TokenLayout, image_size: Sequence[int] | None
         LayerFusionError: if the backbone has none of them.
     """
     recipe = find_recipe(name)
+    if recipe.candidates:
+        banks = (recipe_bank(candidate, layout, image_size) for candidate in recipe.candidates)
+        return functools.reduce(operator.or_, banks)
     layers, modules, pools = _adapted(recipe, layout, None, None, None, recipe.head_type)
     if absent := [module for module in modules if module not in layout.modules]:
         raise LayerFusionError(
@@ -335,8 +410,29 @@ def _adapted(
         # Likewise for the CLS token, which some hierarchical backbones have in their last stage only.
         has_cls = [layout.has_cls_at(layer, module) for layer in layers for module in modules]
         keeps_cls = all(has_cls) if head_type == "scalar_mix" else any(has_cls)
-        pools = [pool for pool in recipe.pools if pool != "cls" or keeps_cls] or ["mean"]
+        pools = [pool for pool in recipe.pools if pool != "cls" or keeps_cls]
+        pools = [_fitted(pool, layout.num_layers) for pool in pools]
+        pools = [pool for pool in pools if "grid:" not in pool or _has_grid(pool, layers, layout)] or ["mean"]
     return layers, modules, _as_list(pools)
+
+
+def _fitted(pool: str, num_layers: int) -> str:
+    """A recipe's pool; one that is read at n equally spaced layers is read at all of a backbone that has fewer."""
+    name, at, where = pool.partition("@")
+    is_short = at and where.startswith("spaced:") and int(where.removeprefix("spaced:")) > num_layers
+    return name if is_short else pool
+
+
+def _has_grid(pool: str, layers: Sequence[int], layout: TokenLayout) -> bool:
+    """Whether every layer at which a pool is read has a grid of at least as many cells a side."""
+    name, where = pool_layers(pool, layout.num_layers)
+    sides = [min(layout.grids[layer] or (0,)) for layer in layers if layer in where]
+    return bool(sides) and min(sides) >= int(name.removeprefix("grid:"))
+
+
+def _pool_names(pools: Sequence[Any]) -> list[Any]:
+    """Pools without the layers that they are read at; whatever is no text stays as it is."""
+    return [pool.partition("@")[0] if isinstance(pool, str) else pool for pool in pools]
 
 
 def _check_fields(values: Mapping[str, Any]) -> None:
@@ -439,16 +535,31 @@ def _as_list(values: Any) -> list[str]:
     return [values] if isinstance(values, str) else list(values)
 
 
+def _check_loss(loss: str, problem_type: str | None) -> None:
+    """Refuse a loss that these labels do not have."""
+    if loss == "squared" and problem_type not in (None, "single_label_classification"):
+        raise LayerFusionError(
+            f"loss='squared' is for single-label classification, and this is {problem_type}: leave loss out"
+        )
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_choices(name: str, values: Sequence[str], legal: Sequence[str]) -> None:
+def _check_choices(
+    name: str,
+    values: Sequence[str],
+    legal: Sequence[str],
+    is_also_legal: Callable[[str], bool] | None = None,
+    others: str = "",
+) -> None:
     if not values:
-        raise LayerFusionError(f"{name} is empty: choose from {list(legal)}")
+        raise LayerFusionError(f"{name} is empty: choose from {list(legal)}{others}")
     for value in values:
-        if not isinstance(value, str) or value not in legal:
-            raise LayerFusionError(f"{name} {reprlib.repr(value)} is unknown: choose from {list(legal)}")
+        is_known = isinstance(value, str) and (value in legal or (is_also_legal is not None and is_also_legal(value)))
+        if not is_known:
+            raise LayerFusionError(f"{name} {reprlib.repr(value)} is unknown: choose from {list(legal)}{others}")
     if len(set(values)) != len(values):
         raise LayerFusionError(f"{name}={list(values)} names a value twice")
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,18 +36,21 @@ from .checkpoints import (
     read_summary,
     write_checksums,
 )
-from .configuration_layer_fusion import HEAD_OPTIONS, LayerFusionConfig
+from .configuration_layer_fusion import ATTENDING_HEADS, HEAD_OPTIONS, LayerFusionConfig
 from .errors import LayerFusionError
-from .heads import AttentiveFusionHead, LinearHead, ScalarMixHead, WidthProjection, build_parts
+from .heads import AttendingHead, LinearHead, ScalarMixHead, TokenStandardizer, WidthProjection, build_parts
 from .hub.cards import write_card
 from .hub.push import check_shareable, hub_id, pin_backbone, push_folder
 from .hub.safety import tensor_digest
 from .images import processed_size, resize_processor
-from .losses import classification_loss
-from .noise import add_noise_
+from .losses import classification_loss, scaled_logits
+from .noise import Mixture, add_noise_, layer_positions
 from .probe import describe_backbone
 from .reader import read_bank
 from .recipes import find_recipe
+
+if TYPE_CHECKING:
+    from .features import LayerFeatures
 
 logger = logging.get_logger(__name__)
 
@@ -108,12 +111,13 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         parts = build_parts(config)
         self.head = parts["head"]
         self.token_projection = parts.get("token_projection", nn.Identity())
+        self.token_standardizer = parts.get("token_standardizer", nn.Identity())
         self.post_init()
         if self.backbone is not None:
             self.attach(self.backbone)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, AttentiveFusionHead | LinearHead | ScalarMixHead | WidthProjection):
+        if isinstance(module, AttendingHead | LinearHead | ScalarMixHead | TokenStandardizer | WidthProjection):
             module.reset_parameters()
 
     # ---- construction ------------------------------------------------------------------------------------------
@@ -201,6 +205,7 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         if device.type != "meta" and self.head_device.type != "meta":
             self.head.to(device)
             self.token_projection.to(device)
+            self.token_standardizer.to(device)
         self.train(self.training)
 
     def _name_backbone_tensors(self) -> None:
@@ -213,7 +218,7 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         """What `to` and its like do; a backbone that accelerate offloaded or split stays where it was put."""
         if not hasattr(self.backbone, "_hf_hook"):
             return super()._apply(fn, recurse)
-        for part in (self.head, self.token_projection):
+        for part in (self.head, self.token_projection, self.token_standardizer):
             part._apply(fn, recurse)
         return self
 
@@ -227,6 +232,41 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         if self.backbone is not None and self.config.freeze_backbone:
             self.backbone.eval()
         return self
+
+    def fit_token_statistics(self, features: LayerFeatures) -> None:
+        """Take the statistics that `token_normalization="standardize"` needs, of training rows alone.
+
+        `build_trainer` and `sweep` do it where there are none; before training from pixels call it yourself, with features
+        that `extract_features` made of the training images.
+
+        Args:
+            features: training rows; they may hold more tokens than the head reads.
+
+        Raises:
+            LayerFusionError: if the head does not standardise its tokens, or the features have no rows, lack some of the
+                tokens or hold values that are not finite.
+        """
+        if not isinstance(self.token_standardizer, TokenStandardizer):
+            raise LayerFusionError(
+                f"token_normalization={self.config.token_normalization!r} needs no statistics: leave this call out, or build "
+                "the model with token_normalization='standardize'"
+            )
+        if not len(features):
+            raise LayerFusionError("the features hold no row: there is nothing to take statistics of")
+        features = features.select_bank(self.config.bank)
+        self.token_standardizer.fit(features)
+        if not all(torch.isfinite(part).all() for part in (self.token_standardizer.mean, self.token_standardizer.std)):
+            self.token_standardizer.reset_parameters()
+            features.check()  # says which row
+            raise LayerFusionError("the features are too large for statistics in float32: extract them again")
+
+    def load_head_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take in what `SweepResult.head_state` gives: the head's tensors, and those of `token_standardizer`, if any."""
+        prefix = "token_standardizer."
+        self.head.load_state_dict({name: value for name, value in state.items() if not name.startswith(prefix)})
+        self.token_standardizer.load_state_dict(
+            {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        )
 
     # ---- arithmetic --------------------------------------------------------------------------------------------
 
@@ -273,8 +313,8 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
             backbone_kwargs: passed to the backbone's forward.
 
         Raises:
-            LayerFusionError: for both or neither input, tokens of another shape, tokens that are not finite, or
-                labels out of range.
+            LayerFusionError: for both or neither input, tokens of another shape, tokens that are not finite, labels out of
+                range, or if tokens are to be standardised and nobody took the statistics.
         """
         if pixel_values is not None and layer_features is None:
             layer_features = self.extract_layer_features(pixel_values, **backbone_kwargs)
@@ -286,34 +326,72 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
                 f"layer_features has shape {tuple(layer_features.shape)}, but this head reads (batch, {expected[0]}, "
                 f"{expected[1]}): {expected[0]} tokens of width {expected[1]}"
             )
-        logits, attentions = self._run_head(layer_features, token_statistics)
+        if isinstance(self.token_standardizer, TokenStandardizer) and not self.token_standardizer.is_fitted:
+            raise LayerFusionError(
+                "token_normalization='standardize', but this head has no statistics of the training rows yet: call "
+                "model.fit_token_statistics(features) with features of the training images (build_trainer and sweep do it)"
+            )
+        mixture = None
+        if self.training and labels is not None and self.config.mixup_alpha:
+            mixture = Mixture.draw(self.config.mixup_alpha, len(layer_features), self.head_device)
+        logits, attentions = self._run_head(layer_features, token_statistics, mixture)
         if logits.device.type == "cpu" and not torch.isfinite(logits).all():
             _refuse_bad_tokens(layer_features, self.config.token_names)
-        loss = None if labels is None else classification_loss(self.config, logits, labels)
+        loss = None if labels is None else self._loss(logits, labels, mixture)
         output = LayerFusionOutput(loss, logits, attentions if output_attentions else None)
         return output.to_tuple() if return_dict is False else output
 
-    def _run_head(self, layer_features: Tensor, token_statistics: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _loss(self, logits: Tensor, labels: Tensor, mixture: Mixture | None) -> Tensor:
+        if mixture is None:
+            return classification_loss(self.config, logits, labels)
+        return mixture.loss(lambda one: classification_loss(self.config, logits, one), labels)
+
+    def _run_head(
+        self, layer_features: Tensor, token_statistics: Tensor | None, mixture: Mixture | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits and attention weights."""
+        outputs, attentions = self._head_outputs(layer_features, token_statistics, mixture)
+        return scaled_logits(outputs, self.config.loss), attentions
+
+    def _head_outputs(
+        self, layer_features: Tensor, token_statistics: Tensor | None, mixture: Mixture | None
+    ) -> tuple[Tensor, Tensor | None]:
         tokens = layer_features.to(self.head_device)
         dtype = next(self.head.parameters()).dtype
         normalize = self.config.token_normalization == "l2"
         is_noisy = self.training and self.config.noise_std > 0
-        if isinstance(self.head, AttentiveFusionHead) and not is_noisy and self.config.width_alignment == "pad":
+        is_plain = not is_noisy and mixture is None and self.config.token_normalization != "standardize"
+        dropout = {"token_keep": keep} if (keep := self._token_keep(tokens)) is not None else {}
+        if isinstance(self.head, AttendingHead) and is_plain and self.config.width_alignment == "pad":
             if dtype == torch.float64:
                 tokens, token_statistics = tokens.double(), None  # which are float32
             elif token_statistics is not None:
                 token_statistics = token_statistics.to(self.head_device)
-            return self.head(tokens, True, normalize=normalize, token_statistics=token_statistics)
+            return self.head(tokens, True, normalize=normalize, token_statistics=token_statistics, **dropout)
+        if self.config.token_normalization == "standardize":
+            tokens = self.token_standardizer(tokens.to(torch.promote_types(dtype, tokens.dtype)))
         tokens = tokens.to(dtype)
         if normalize:
             tokens = F.normalize(tokens, dim=-1)
         tokens = self.token_projection(tokens)
+        if (mixture is not None or is_noisy) and tokens.data_ptr() == layer_features.data_ptr():
+            tokens = tokens.clone()  # a caller's tokens are not changed
+        if mixture is not None:
+            tokens = mixture.mix_(tokens)
         if is_noisy:
-            if tokens.data_ptr() == layer_features.data_ptr():
-                tokens = tokens.clone()  # a caller's tokens are not changed
             uniform = torch.rand(len(tokens), device=tokens.device)
             tokens = add_noise_(tokens, self.config.noise_std, self.config.noise_probability, uniform)
-        return self.head(tokens, output_attentions=True)
+        if dropout and self.config.head_type not in ATTENDING_HEADS:
+            return self.head(tokens * dropout["token_keep"].to(dtype)[..., None], output_attentions=True)
+        return self.head(tokens, output_attentions=True, **dropout)
+
+    def _token_keep(self, tokens: Tensor) -> Tensor | None:
+        """Dropout of whole layers, `(B, N)`: the same for all tokens of a layer; `None` for none."""
+        if not self.training or not self.config.layer_dropout:
+            return None
+        layers = layer_positions(self.config.bank)
+        ones = torch.ones(len(tokens), max(layers) + 1, device=tokens.device)
+        return F.dropout(ones, self.config.layer_dropout)[:, layers]
 
     # ---- files -------------------------------------------------------------------------------------------------
 
@@ -368,7 +446,11 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
 
     def _head_digest(self) -> str:
         return tensor_digest(
-            {**self.head.state_dict(), **self.token_projection.state_dict(prefix="token_projection.")}
+            {
+                **self.head.state_dict(),
+                **self.token_projection.state_dict(prefix="token_projection."),
+                **self.token_standardizer.state_dict(prefix="token_standardizer."),
+            }
         )
 
     def _valid_summary(self) -> dict[str, Any]:

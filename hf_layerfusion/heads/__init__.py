@@ -2,26 +2,37 @@
 
 from torch import nn
 
+from ..bank import TokenBank
 from ..errors import LayerFusionError
+from .attending import AttendingHead
 from .attentive import AttentiveFusionHead
+from .efficient import EfficientHead
 from .linear import LinearHead
 from .scalar_mix import ScalarMixHead
+from .standardizer import TokenStandardizer
 from .width_projection import WidthProjection
 
 
 def build_head(config) -> nn.Module:
     """The head that a `LayerFusionConfig` describes, freshly initialised."""
     shape = {"hidden_size": config.hidden_size, "num_tokens": len(config.bank), "num_labels": config.num_labels}
+    attending = {
+        "num_queries": config.num_queries,
+        "attention_dropout": config.attention_dropout,
+        "implementation": config.head_implementation,
+        "places": _places(config.bank) if config.token_embeddings else None,
+    }
     if config.head_type == "attentive":
         return AttentiveFusionHead(
             **shape,
+            **attending,
             num_heads=config.num_heads,
-            num_queries=config.num_queries,
             head_dim_multiplier=config.head_dim_multiplier,
-            attention_dropout=config.attention_dropout,
             projection_dropout=config.projection_dropout,
-            implementation=config.head_implementation,
+            query_fusion=config.query_fusion,
         )
+    if config.head_type == "efficient":
+        return EfficientHead(**shape, **attending)
     if config.head_type == "linear":
         return LinearHead(**shape)
     if config.head_type == "scalar_mix":
@@ -29,12 +40,31 @@ def build_head(config) -> nn.Module:
     raise LayerFusionError(f"head_type {config.head_type!r} is unknown")
 
 
+def _places(bank: TokenBank) -> list[tuple[int, int]]:
+    """Of each token, which of the bank's taps and which of its pools it is of."""
+    taps = {tap: number for number, tap in enumerate(bank.taps)}
+    pools = {pool: number for number, pool in enumerate(bank.pools)}
+    return [(taps[layer, module], pools[pool]) for layer, module, pool in bank.coordinates]
+
+
 def build_parts(config) -> dict[str, nn.Module]:
-    """Everything that is trained beside the backbone, by the name it has in the model."""
+    """Everything that is trained or fitted beside the backbone, by the name it has in the model."""
     parts = {"head": build_head(config)}
+    if config.token_normalization == "standardize":
+        parts["token_standardizer"] = TokenStandardizer(len(config.bank), config.hidden_size)
     if config.width_alignment == "project":
         parts["token_projection"] = WidthProjection(config.bank.widths(config.layout), config.hidden_size)
     return parts
 
 
-__all__ = ["AttentiveFusionHead", "LinearHead", "ScalarMixHead", "WidthProjection", "build_head", "build_parts"]
+__all__ = [
+    "AttendingHead",
+    "AttentiveFusionHead",
+    "EfficientHead",
+    "LinearHead",
+    "ScalarMixHead",
+    "TokenStandardizer",
+    "WidthProjection",
+    "build_head",
+    "build_parts",
+]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import initialization as init
 
 from ..errors import LayerFusionError
-from .attention import attend, fold_parameters, token_scales
-from .batch_norm import GlobalBatchNorm1d
-from .stack_inputs import StackInputs
+from .attending import AttendingHead
+from .attention import FoldedParameters, fold_parameters
 
 # The reference's `AttentiveProbeModel` (lciernik/attentive-layer-fusion) on the left.
 REFERENCE_NAMES = {
@@ -38,7 +35,7 @@ REFERENCE_NAMES = {
 }
 
 
-class AttentiveFusionHead(nn.Module):
+class AttentiveFusionHead(AttendingHead):
     """Learned queries attend over the bank; BatchNorm and a linear classifier read what they gather.
 
     With tokens x_n (D), a learned query q and three LayerNorms, per attention head h:
@@ -57,14 +54,17 @@ class AttentiveFusionHead(nn.Module):
         num_tokens: N, tokens in the bank.
         num_labels: C.
         num_heads: H; `None` for one head per token, as the paper uses for layer fusion.
-        num_queries: Q; the outputs of several queries are concatenated before BatchNorm.
+        num_queries: Q.
+        query_fusion: what BatchNorm and classifier read of several queries: their outputs side by side (`"concat"`), or
+            their mean (`"mean"`).
         head_dim_multiplier: the width of a head is `head_dim_multiplier * (D // H)`.
         attention_dropout: on the attention weights.
         projection_dropout: after the output projection.
         implementation: `"fast"` or `"explicit"`.
+        places: of the tokens, see `AttendingHead`.
 
     Raises:
-        LayerFusionError: for more heads than D, or an unknown implementation.
+        LayerFusionError: for more heads than D, or an unknown implementation or fusion.
     """
 
     def __init__(
@@ -78,136 +78,62 @@ class AttentiveFusionHead(nn.Module):
         attention_dropout: float = 0.0,
         projection_dropout: float = 0.0,
         implementation: str = "fast",
+        query_fusion: str = "concat",
+        places: Sequence[tuple[int, int]] | None = None,
     ):
-        super().__init__()
-        if implementation not in ("fast", "explicit"):
-            raise LayerFusionError(f"head implementation {implementation!r} is unknown: use 'fast' or 'explicit'")
-        self.hidden_size, self.num_tokens, self.num_queries = hidden_size, num_tokens, num_queries
-        self.num_heads = num_tokens if num_heads is None else num_heads
-        if not 1 <= self.num_heads <= hidden_size:
+        num_heads = num_tokens if num_heads is None else num_heads
+        if not 1 <= num_heads <= hidden_size:
             raise LayerFusionError(
-                f"num_heads={self.num_heads} does not fit tokens of width {hidden_size}: "
+                f"num_heads={num_heads} does not fit tokens of width {hidden_size}: "
                 f"set num_heads to something from 1 to {hidden_size}"
             )
-        self.implementation = implementation
         if num_queries < 1 or head_dim_multiplier < 1:
             raise LayerFusionError(
                 f"num_queries={num_queries} and head_dim_multiplier={head_dim_multiplier} must be 1 or more"
             )
-        self.head_dim = head_dim_multiplier * (hidden_size // self.num_heads)
+        if query_fusion not in ("concat", "mean"):
+            raise LayerFusionError(f"query_fusion {query_fusion!r} is unknown: use 'concat' or 'mean'")
+        super().__init__(
+            hidden_size,
+            num_tokens,
+            num_heads,
+            num_queries,
+            attention_dropout,
+            projection_dropout,
+            implementation,
+            places,
+        )
+        self.query_fusion = query_fusion
+        self.head_dim = head_dim_multiplier * (hidden_size // num_heads)
         self.scale = self.head_dim**-0.5
-        inner = self.num_heads * self.head_dim
-        self.query = nn.Parameter(torch.empty(1, num_queries, hidden_size))
+        inner = num_heads * self.head_dim
         self.norm_q = nn.LayerNorm(hidden_size)
         self.norm_k = nn.LayerNorm(hidden_size)
         self.norm_v = nn.LayerNorm(hidden_size)
         self.q_proj = nn.Linear(hidden_size, inner, bias=False)
         self.k_proj = nn.Linear(hidden_size, inner, bias=False)
         self.v_proj = nn.Linear(hidden_size, inner, bias=False)
-        self.attention_dropout = nn.Dropout(attention_dropout)
         self.out_proj = nn.Linear(inner, hidden_size)
-        self.projection_dropout = nn.Dropout(projection_dropout)
-        self.batch_norm = GlobalBatchNorm1d(num_queries * hidden_size)
-        self.classifier = nn.Linear(num_queries * hidden_size, num_labels)
-        self.reset_parameters()
+        self._add_classifier(hidden_size * (num_queries if query_fusion == "concat" else 1), num_labels)
 
-    def reset_parameters(self) -> None:
-        """Query N(0, 0.02^2); norms at identity; linear layers at PyTorch's default, as in the reference."""
-        init.normal_(self.query, std=0.02)
-        for norm in (self.norm_q, self.norm_k, self.norm_v, self.batch_norm):
-            init.ones_(norm.weight)
-            init.zeros_(norm.bias)
-        init.zeros_(self.batch_norm.running_mean)
-        init.ones_(self.batch_norm.running_var)
-        init.zeros_(self.batch_norm.num_batches_tracked)
-        for linear in (self.q_proj, self.k_proj, self.v_proj, self.out_proj, self.classifier):
-            bound = linear.in_features**-0.5
-            init.uniform_(linear.weight, -bound, bound)
-            if linear.bias is not None:
-                init.uniform_(linear.bias, -bound, bound)
+    def _fold(self, parameters: Mapping[str, Tensor], num_rows: int) -> FoldedParameters:
+        return fold_parameters(parameters, self.num_heads, num_rows * self.num_queries, self.eps)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        output_attentions: bool = False,
-        *,
-        normalize: bool = False,
-        token_statistics: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Classify a batch of banks.
+    def _fuse(self, projected: Tensor) -> Tensor:
+        return projected.mean(dim=-2) if self.query_fusion == "mean" else projected.flatten(-2)
 
-        Args:
-            tokens: `(B, N, D)`, of any floating dtype: cached tokens need no copy in that of the head.
-            output_attentions: also return the attention weights `(B, Q, H, N)`, before dropout.
-            normalize: divide each token by its L2 norm first. In the fast order this costs nothing.
-            token_statistics: `(B, N, 2)`, the L2 norm and the standard deviation of each token as given, as
-                `hf_layerfusion.features.token_statistics` computes them; they save the fast order one pass.
-
-        Returns:
-            Logits `(B, C)`, or `(logits, attentions)`.
-        """
-        if self.implementation == "fast":
-            projected, attentions = self._attend_fast(tokens, normalize, token_statistics)
-        else:
-            tokens = tokens.to(self.query.dtype)
-            projected, attentions = self._attend_explicit(F.normalize(tokens, dim=-1) if normalize else tokens)
-        logits = self.classifier(self.batch_norm(self.projection_dropout(projected).flatten(1)))
-        return (logits, attentions) if output_attentions else logits
-
-    def _attend_fast(self, tokens: Tensor, normalize: bool, statistics: Tensor | None) -> tuple[Tensor, Tensor]:
-        parameters = {name: parameter.unsqueeze(0) for name, parameter in self.named_parameters()}
-        folded = fold_parameters(parameters, self.num_heads, len(tokens) * self.num_queries, self.norm_k.eps)
-        scales = token_scales(tokens, normalize, self.norm_k.eps, statistics)
-        keep = None
-        if self.training and self.attention_dropout.p:
-            # In the shape of the explicit order, whose draws these are.
-            shape = (len(tokens), self.num_queries, self.num_heads, self.num_tokens)
-            keep = self.attention_dropout(scales.new_ones(shape)).flatten(1, 2).mT
-        projected, attentions = attend(folded, tokens, scales, self.num_queries, keep)
-        return projected.squeeze(0), attentions.mT.unflatten(1, (self.num_queries, self.num_heads))
-
-    def _attend_explicit(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend_explicit(self, tokens: Tensor, token_keep: Tensor | None) -> tuple[Tensor, Tensor]:
         heads = (self.num_heads, self.head_dim)
         queries = self.q_proj(self.norm_q(self.query[0])).unflatten(-1, heads)  # (Q, H, d)
         keys = self.k_proj(self.norm_k(tokens)).unflatten(-1, heads)  # (B, N, H, d)
         values = self.v_proj(self.norm_v(tokens)).unflatten(-1, heads)  # (B, N, H, d)
         scores = torch.einsum("qhd,bnhd->bqhn", queries * self.scale, keys)
         attentions = scores.softmax(dim=-1)
-        gathered = torch.einsum("bqhn,bnhd->bqhd", self.attention_dropout(attentions).to(values.dtype), values)
+        weights = self.attention_dropout(attentions)
+        if token_keep is not None:
+            weights = weights * token_keep[:, None, None]
+        gathered = torch.einsum("bqhn,bnhd->bqhd", weights.to(values.dtype), values)
         return self.out_proj(gathered.flatten(2)), attentions
-
-    def run_stack(
-        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], inputs: StackInputs
-    ) -> Tensor:
-        """K heads of this shape over one batch, in the fast order: logits `(K, B, C)`.
-
-        Args:
-            parameters: of all heads, by name, with a leading axis K.
-            buffers: likewise; running statistics are updated in place when training.
-            inputs: the batch.
-        """
-        tokens, scales = inputs.tokens, inputs.scales
-        if scales is None:
-            scales = token_scales(tokens, False, self.norm_k.eps)
-        folded = fold_parameters(parameters, self.num_heads, len(tokens) * self.num_queries, self.norm_k.eps)
-        projected, _ = attend(folded, tokens, scales, self.num_queries, inputs.attention_keep)  # (K, B, Q, D)
-        if inputs.projection_keep is not None:
-            projected = projected * inputs.projection_keep
-        # K heads with a norm each are one norm over K times as many channels.
-        channels = projected.flatten(2).transpose(0, 1).flatten(1)  # (B, K * Q * D)
-        normed = F.batch_norm(
-            channels,
-            buffers["batch_norm.running_mean"].view(-1),
-            buffers["batch_norm.running_var"].view(-1),
-            parameters["batch_norm.weight"].flatten(),
-            parameters["batch_norm.bias"].flatten(),
-            training=inputs.training and len(tokens) > 1,  # as `GlobalBatchNorm1d`
-            momentum=self.batch_norm.momentum,
-            eps=self.batch_norm.eps,
-        )
-        normed = normed.unflatten(1, (len(projected), -1)).transpose(0, 1)  # (K, B, Q * D)
-        bias = parameters["classifier.bias"][:, None]
-        return torch.baddbmm(bias, normed, parameters["classifier.weight"].mT)
 
     def load_reference_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load a head trained with the paper's code, by its parameter names (see `REFERENCE_NAMES`).

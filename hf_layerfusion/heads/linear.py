@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -33,5 +34,12 @@ class LinearHead(nn.Module):
     ) -> Tensor:
         """K heads of this shape over one batch, in one product: logits `(K, B, C)`."""
         weight = parameters["classifier.weight"]  # (K, C, N * D)
+        if inputs.token_keep is not None:
+            # What each token adds to each logit, so that no head needs a copy of the tokens without those it drops.
+            num_tokens = inputs.tokens.shape[1]
+            by_token = weight.flatten(0, 1).unflatten(1, (num_tokens, -1)).transpose(0, 1)  # (N, K * C, D)
+            terms = (inputs.tokens.transpose(0, 1) @ by_token.mT).unflatten(2, weight.shape[:2])  # (N, B, K, C)
+            summed = torch.einsum("nbkc,kbn->kbc", terms, inputs.token_keep.to(terms.dtype))
+            return summed + parameters["classifier.bias"][:, None]
         flat = inputs.tokens.flatten(1) @ weight.flatten(0, 1).mT  # (B, K * C)
         return flat.unflatten(1, weight.shape[:2]).transpose(0, 1) + parameters["classifier.bias"][:, None]

@@ -55,6 +55,10 @@ class ScalarMixHead(nn.Module):
         """K heads of this shape over one batch: logits `(K, B, C)`."""
         weights = parameters["layer_logits"].softmax(dim=-1) * parameters["gamma"]  # (K, T)
         by_layer = inputs.tokens.unflatten(1, (-1, self.num_pools))  # (B, T, P, D)
-        mixed = torch.einsum("kt,btpd->kbpd", weights.to(by_layer.dtype), by_layer).flatten(2)
+        if inputs.token_keep is None:
+            mixed = torch.einsum("kt,btpd->kbpd", weights.to(by_layer.dtype), by_layer).flatten(2)
+        else:  # all tokens of a tap are of one layer, and dropped together
+            kept = weights[:, None] * inputs.token_keep[..., :: self.num_pools]  # (K, B, T)
+            mixed = torch.einsum("kbt,btpd->kbpd", kept.to(by_layer.dtype), by_layer).flatten(2)
         bias = parameters["classifier.bias"][:, None]
         return torch.baddbmm(bias, mixed, parameters["classifier.weight"].mT)

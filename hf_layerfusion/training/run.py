@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ..configuration_layer_fusion import ATTENDING_HEADS
 from ..errors import LayerFusionError
 from ..features import LayerFeatures
+from ..heads import TokenStandardizer
 from ..losses import problem_type_of
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
 from ..recipes import find_recipe
@@ -56,6 +58,8 @@ def build_trainer(
 ) -> LayerFusionTrainer:
     """A trainer for one head on cached features, with the paper's protocol where nothing else is said.
 
+    A head that standardises its tokens gets its statistics from `train_features`, unless it has some already.
+
     Args:
         model: its head is trained; it reads its own tokens out of the features' bank.
         train_features: rows to train on.
@@ -80,7 +84,9 @@ def build_trainer(
     train_features.check(config.num_labels if is_single_label else None)
     if balance_classes and is_single_label:
         config.class_weights = class_weights(train_features.labels, config.num_labels)
-    if config.head_type == "attentive":
+    if isinstance(model.token_standardizer, TokenStandardizer) and not model.token_standardizer.is_fitted:
+        model.fit_token_statistics(train_features)
+    if config.head_type in ATTENDING_HEADS and config.token_normalization != "standardize":
         train_features = train_features.with_statistics()
     recipe = find_recipe(config.recipe)
     batch_size = batch_size or default_batch_size(len(train_features))

@@ -8,7 +8,9 @@ from typing import Any
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
+from ..errors import LayerFusionError
 from ..hub.push import check_shareable
+from ..recipes import find_recipe
 from .metrics import without_timings
 
 
@@ -24,7 +26,17 @@ class LayerFusionTrainer(Trainer):
         self.args.hub_strategy = HubStrategy.END
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train the head; what was measured of it before holds no longer."""
+        """Train the head; what was measured of it before holds no longer.
+
+        Raises:
+            LayerFusionError: if its recipe is one in closed form, which steps would only approach.
+        """
+        recipe = self._head().config.recipe
+        if find_recipe(recipe).solver == "ridge":
+            raise LayerFusionError(
+                f"recipe {recipe!r} is solved in closed form, not in steps: use sweep(features, recipe={recipe!r}), or "
+                "layerfusion train"
+            )
         self._head().training_summary = {}
         return super().train(*args, **kwargs)
 
