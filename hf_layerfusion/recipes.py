@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .bank import LayerSpec
+from .bank import MAX_GRID, LayerSpec
 from .errors import LayerFusionError
 from .layout import BLOCK_MODULES, TokenLayout
 
-# What a recipe is trained by: `sweep` or `build_trainer`, scikit-learn, or `Trainer` on images with the backbone.
-KINDS = ("head", "estimator", "fine_tune")
+# How a head is fitted: in steps by AdamW, or in closed form (`solve_ridge`).
+SOLVERS = ("steps", "ridge")
+# What a recipe is trained by: `sweep` or `build_trainer`, scikit-learn, or `Trainer` on images with the backbone. A
+# choice stands for several recipes, among which `sweep` chooses.
+KINDS = ("head", "estimator", "fine_tune", "choice")
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,11 @@ class Recipe:
         learning_rate: what `build_trainer` uses unless told otherwise; how it was chosen stands in docs/architecture.md.
         weight_decay: likewise.
         kind: `"head"`; `"estimator"` for a model of scikit-learn on the tokens, fitted by `fit_estimator`; `"fine_tune"`
-            for a backbone that is trained too, by `fine_tune`.
+            for a backbone that is trained too, by `fine_tune`; `"choice"` for whichever of `candidates` does best on
+            validation rows.
         estimator: which one.
+        candidates: names of recipes, of a choice.
+        solver: of a head, `"steps"` or `"ridge"`, the closed form of a linear head under squared loss.
     """
 
     description: str
@@ -41,6 +47,8 @@ class Recipe:
     weight_decay: float = 1e-2
     kind: str = "head"
     estimator: str | None = None
+    solver: str = "steps"
+    candidates: tuple[str, ...] = ()
 
 
 # The reference chooses from 0, 0.1 and 0.3 on validation rows; `alf-paper` leaves that choice to the user.
@@ -49,7 +57,10 @@ _DROPOUT: dict[str, Any] = {"attention_dropout": 0.3}
 _ALL_TOKENS: dict[str, Any] = {"num_heads": 8}
 
 _LINEAR: dict[str, Any] = {"head_type": "linear", "weight_decay": 1e-4}
+_GRID = ("cls", "mean", "grid:4@spaced:4")
 _LAST: dict[str, Any] = {"layers": "last", "modules": ("final_norm",)}
+_EFFICIENT: dict[str, Any] = {"head_type": "efficient", "head_options": {"num_queries": 12}}
+_RIDGE: dict[str, Any] = {"head_type": "linear", "solver": "ridge"}
 _FINE_TUNED: dict[str, Any] = {**_LAST, **_LINEAR, "pools": ("cls",), "kind": "fine_tune", "learning_rate": 1e-1}
 
 RECIPES = {
@@ -79,6 +90,15 @@ RECIPES = {
         modules=("ln2", "final_norm"),
         **_LINEAR,
     ),
+    "ridge-last": Recipe(
+        "least squares on the last CLS token, standardised, in closed form", **{**_LAST, **_RIDGE, "pools": ("cls",)}
+    ),
+    "ridge-all": Recipe("least squares on CLS and patch mean of all layers, standardised, in closed form", **_RIDGE),
+    "ridge-grid": Recipe(
+        "least squares on CLS and patch mean of all layers and the means of 4 x 4 cells of four layers, in closed form",
+        pools=_GRID,
+        **_RIDGE,
+    ),
     "alf": Recipe(
         "Attentive Layer Fusion over the block outputs of all layers (arXiv 2601.09322)", head_options=_DROPOUT
     ),
@@ -99,6 +119,23 @@ RECIPES = {
     ),
     "alf-mean": Recipe(
         "Attentive Layer Fusion over the patch means of all layers alone", pools=("mean",), head_options=_DROPOUT
+    ),
+    "alf-squared": Recipe(
+        "Attentive Layer Fusion over the block outputs of all layers, under squared loss",
+        head_options={**_DROPOUT, "loss": "squared"},
+    ),
+    "alf-grid": Recipe(
+        "Attentive Layer Fusion over the tokens of `ridge-grid`, 16 heads",
+        pools=_GRID,
+        head_options={**_DROPOUT, "num_heads": 16},
+    ),
+    "ep": Recipe(
+        "efficient probing over all tokens of the last layer, 12 queries (arXiv 2506.10178)",
+        **{**_LAST, **_EFFICIENT, "pools": ("tokens",)},
+    ),
+    "ep-all": Recipe("efficient probing over CLS and patch mean of all layers, 12 queries", **_EFFICIENT),
+    "ep-grid": Recipe(
+        "efficient probing over the tokens of `ridge-grid`, 12 queries", **{**_EFFICIENT, "pools": _GRID}
     ),
     "aat": Recipe(
         "attentive probe over all tokens of the last layer, 8 heads",
@@ -122,6 +159,11 @@ RECIPES = {
         learning_rate=1e-1,
         weight_decay=1e-4,
     ),
+    "auto": Recipe(
+        "whichever of `ridge-grid`, `ridge-all` and `alf` does best on validation rows",
+        kind="choice",
+        candidates=("ridge-grid", "ridge-all", "alf"),
+    ),
     "knn-last": Recipe(
         "k nearest neighbours by the last CLS token",
         **{**_LAST, **_LINEAR, "pools": ("cls",), "kind": "estimator", "estimator": "knn"},
@@ -140,6 +182,8 @@ RECIPES = {
 FAMILIES = {
     "linear-layer:K": "linear probe on CLS and patch mean of layer K",
     "aat-layer:K": "attentive probe over all tokens of layer K, 8 heads",
+    "ridge-grid:K": "`ridge-grid` with K x K cells",
+    "alf-grid:K": "`alf-grid` with K x K cells",
     "alf-heads:H": "`alf` with H attention heads",
     "aat-heads:H": "`aat` with H attention heads",
     "module-probe:K:MODULE": "linear probe on the patch mean at one point of block K (arXiv 2603.05280)",
@@ -173,6 +217,10 @@ def find_recipe(name: str) -> Recipe:
         if number == "0":
             raise LayerFusionError(f"recipe {name!r} has no attention head: use 1 or more")
         return replace(parent, description=description, head_options={**parent.head_options, "num_heads": int(number)})
+    if family.endswith("-grid"):
+        if not 1 <= int(number) <= MAX_GRID:
+            raise LayerFusionError(f"recipe {name!r}: use a grid of 1 to {MAX_GRID} cells a side")
+        return replace(RECIPES[family], description=description, pools=("cls", "mean", f"grid:{number}@spaced:4"))
     layers = [int(number)]
     if family == "linear-layer":
         return Recipe(description, layers, **_LINEAR, learning_rate=1e-1)
@@ -197,8 +245,9 @@ def expand_recipes(names: Sequence[str], layout: TokenLayout) -> list[str]:
             find_recipe(name)
             expanded.append(name)
             continue
-        if family.endswith("-heads"):
-            raise LayerFusionError(f"recipe {name!r}: name the numbers of heads, such as {family}:4")
+        if family.endswith(("-heads", "-grid")):
+            things = "heads" if family.endswith("-heads") else "cells a side"
+            raise LayerFusionError(f"recipe {name!r}: name the numbers of {things}, such as {family}:4")
         layers = [str(layer) for layer in range(1, layout.num_layers + 1)]
         modules = [module for module in BLOCK_MODULES if module in layout.modules]
         choices = [

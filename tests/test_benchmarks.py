@@ -22,6 +22,7 @@ TINY = {
     "extraction.py": "--batch_size 2 --image_size 28 --depths 1 --repeats 1",
     "cache_reading.py": "--rows 150 --layers 2 --width 48 --rows_per_shard 40 --batch_size 64 --repeats 1 "
     "--folder {folder}",
+    "ridge.py": "--rows 60 --layers 2 --width 48 --classes 3 --rounds 1",
 }
 ROWS = {
     "head.py": {"as asked": 2},
@@ -40,6 +41,7 @@ ROWS = {
         "ours: DataLoader with our collator": 1,
         "datasets, with_format('torch')": 1,
     },
+    "ridge.py": {"`solve_ridge`": 1, "scikit-learn's `Ridge`": 1, "`linear-all`, 3 settings of 1000 steps": 1},
 }
 
 

@@ -99,7 +99,9 @@ def test_info_of_a_backbone(cli, backbone):
     model = ViTForAttentiveLayerFusionClassification.from_backbone(backbone, num_labels=7)
     size = sum(parameter.numel() for parameter in model.head.parameters())
     tokens = 2 * NUM_LAYERS
-    assert row == ["alf", str(tokens), "32", f"{size:,}", str(2 * tokens * 32)]
+    assert row[:-1] == ["alf", str(tokens), "32", f"{size:,}", str(2 * tokens * 32)]
+    linear = next(line.split() for line in printed.splitlines() if line.startswith("linear-all "))
+    assert float(linear[-1]) == pytest.approx(2 * tokens * 32 * 7 / 1e6, abs=0.005)  # MFLOPs of one product
 
 
 def test_info_of_a_head(cli, head, backbone):

@@ -14,7 +14,7 @@ from hf_layerfusion.heads import build_head
 from hf_layerfusion.layout import MODULES, TapLayout, TokenLayout
 
 # Recipes that a config describes; the others are models of scikit-learn.
-HEADS = [name for name, recipe in RECIPES.items() if recipe.kind != "estimator"]
+HEADS = [name for name, recipe in RECIPES.items() if recipe.kind in ("head", "fine_tune")]
 VIT = {"model_type": "vit", **TINY}
 DEEP_VIT = VIT | {"num_hidden_layers": 12}  # deep enough for every recipe
 
@@ -130,7 +130,8 @@ ADAPTED = {
 @pytest.mark.parametrize("case", ADAPTED)
 def test_recipes_adapt_to_a_backbone_without_cls_or_final_norm(recipe, case):
     config = LayerFusionConfig(backbone_config=VIT, token_layout=ADAPTED[case], recipe=recipe)
-    assert config.pools == (["tokens"] if recipe.startswith("aat") else ["mean"])
+    grid = ["grid:4@spaced:4"] if recipe.endswith("-grid") else []
+    assert config.pools == (["tokens"] if recipe.startswith("aat") or recipe == "ep" else ["mean", *grid])
     if recipe.startswith("linear-last"):
         assert config.token_names == [f"layer 4 · {'final_norm' if case == 'tokens' else 'block'} · mean"]
 
@@ -204,10 +205,13 @@ BAD_VALUES = {
     "pool": ({"pools": ["max"]}, "pools 'max' is unknown: choose from ['cls', 'mean', 'tokens']"),
     "no pool": ({"pools": []}, "pools is empty"),
     "pool twice": ({"pools": ["cls", "cls"]}, "pools=['cls', 'cls'] names a value twice"),
-    "head": ({"head_type": "mlp"}, "head_type 'mlp' is unknown: choose from ['attentive', 'linear', 'scalar_mix']"),
+    "head": (
+        {"head_type": "mlp"},
+        "head_type 'mlp' is unknown: choose from ['attentive', 'efficient', 'linear', 'scalar_mix']",
+    ),
     "normalization": (
         {"token_normalization": "l1"},
-        "token_normalization 'l1' is unknown: choose from ['l2', 'none']",
+        "token_normalization 'l1' is unknown: choose from ['l2', 'none', 'standardize']",
     ),
     "implementation": (
         {"head_implementation": "slow"},

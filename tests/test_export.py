@@ -342,8 +342,8 @@ def test_what_cannot_be_traced_is_an_error(monkeypatch, tmp_path):
     model = build_model()
     run_head = type(model)._run_head
 
-    def by_value(self, tokens, statistics):
-        return run_head(self, tokens, statistics) if tokens.sum() > 0 else (tokens[:, 0], None)
+    def by_value(self, tokens, *others):
+        return run_head(self, tokens, *others) if tokens.sum() > 0 else (tokens[:, 0], None)
 
     monkeypatch.setattr(type(model), "_run_head", by_value)
     with pytest.raises(LayerFusionError, match=r"ViTModel cannot be traced by torch\.export: try dynamic_batch=False"):

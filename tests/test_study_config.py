@@ -43,6 +43,8 @@ def test_ready_made_configs_load(path):
         ({"recipes": ["alff"]}, "did you mean 'alf'?"),
         ({"recipes": [{"linear-layer": 3}]}, "names with a colon before a number need quotes in YAML"),
         ({"recipes": ["alf-heads:*"]}, "recipes: 'alf-heads:*': name the numbers of heads"),
+        ({"references": ["aat"]}, "references: 'aat' is none of the study's recipes"),
+        ({"references": "alf"}, "references: 'alf' is none of the study's recipes"),
         ({"recipes": ["module-probe:*:mlp"]}, "'mlp' is no module"),
         ({"seeds": [0, 0]}, "seeds: [0, 0] must be a list of different whole numbers"),
         ({"seeds": 3}, "seeds: 3 must be a list"),

@@ -489,3 +489,41 @@ def test_names_of_points_do_not_overlap(tmp_path, monkeypatch, clustered):
     assert all(
         frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1 for box in boxes
     )
+
+
+def test_lead_over_the_best_of_the_references(tmp_path):
+    """The best reference of each dataset is another one, and is met on the same test images."""
+    skills = {
+        ("digits", "linear-all"): 0.8,
+        ("digits", "alf"): 0.6,
+        ("emoji", "linear-all"): 0.4,
+        ("emoji", "alf"): 0.7,
+        ("digits", "ridge-all"): 0.9,
+        ("emoji", "ridge-all"): 0.65,
+    }
+    folder = write_study(
+        tmp_path,
+        datasets=DATASETS,
+        recipes=("linear-all", "alf", "ridge-all"),
+        skill=lambda *key: skills[key[1:3]],
+    )
+    content = json.loads((folder / "study.json").read_text())
+    content["config"]["references"] = ["linear-all", "alf"]
+    dump(folder / "study.json", content)
+    text = report(folder).read_text(encoding="utf-8")
+    section = text.split("## Lead over the best of linear-all, alf")[1].split("## Tests")[0]
+    header, *rows = markdown_tables(section)["tiny"]
+    assert header == ["recipe", "digits (linear-all)", "emoji (alf)", "mean", "least", "clear"]
+    study = ScoredStudy.of(StudyResults.load(folder), "linear-all", num_resamples=200)
+    expected = [
+        100 * study.difference("tiny", dataset, "ridge-all", rival).value
+        for dataset, rival in (("digits", "linear-all"), ("emoji", "alf"))
+    ]
+    assert expected[0] > 0 > expected[1]
+    found = {row[0]: row[1:] for row in rows}
+    assert [float(cell.replace("−", "-")) for cell in found["ridge-all"][:2]] == pytest.approx(expected, abs=0.051)
+    assert float(found["ridge-all"][2].split()[0]) == pytest.approx(np.mean(expected), abs=0.051)
+    assert float(found["ridge-all"][3]) == pytest.approx(min(expected), abs=0.051)
+    assert found["alf"][1] == "0.0"
+    assert "### Every recipe against alf" in text
+    check_latex((folder / "report" / "references.tex").read_text(encoding="utf-8"))

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from ..backbones import open_backbone
+from ..bank import TokenBank, is_cell
 from ..configuration_layer_fusion import LayerFusionConfig
 from ..errors import LayerFusionError
-from ..heads import build_parts
+from ..heads import build_head, build_parts
 from ..images import processed_size
 from ..layout import BLOCK_MODULES, TokenLayout
 from ..probe import describe_backbone
@@ -55,11 +58,22 @@ def _describe_head(config: LayerFusionConfig) -> None:
         f"{', ...' if config.num_labels > 10 else ''})"
     )
     print(f"tokens: {len(config.token_names)} of width {config.hidden_size}")
-    names = config.token_names
-    for name in names[:_SHOWN_TOKENS]:
-        print(f"  {name}")
-    if len(names) > _SHOWN_TOKENS:
-        print(f"  and {len(names) - _SHOWN_TOKENS} more, the last: {names[-1]}")
+    lines = _token_lines(config.bank)
+    for line in lines[:_SHOWN_TOKENS]:
+        print(f"  {line}")
+    if len(lines) > _SHOWN_TOKENS:
+        print(f"  and {len(lines) - _SHOWN_TOKENS} more, the last: {lines[-1]}")
+
+
+def _token_lines(bank: TokenBank) -> list[str]:
+    """A line per token; the cells of a grid share one."""
+    lines = []
+    for group, positions in bank.groups.items():
+        if is_cell(group.pool):
+            lines.append(f"{group.name} ({len(positions)} cells)")
+        else:
+            lines += [bank.coordinates[position].name for position in positions]
+    return lines
 
 
 def _describe_backbone(arguments: argparse.Namespace) -> None:
@@ -71,7 +85,10 @@ def _describe_backbone(arguments: argparse.Namespace) -> None:
     print(f"{type(backbone.model).__name__} ({backbone.model.config.model_type}), {parameters / 1e6:.1f} M parameters")
     for line in _layout_lines(layout):
         print(line)
-    print(f"\n{'recipe':<22}{'tokens':>7}{'width':>7}{'head parameters':>17}{'cache bytes/image':>19}")
+    print(
+        f"\n{'recipe':<22}{'tokens':>7}{'width':>7}{'head parameters':>17}{'cache bytes/image':>19}"
+        f"{'head MFLOPs/image':>20}"
+    )
     image_size = None if backbone.image_processor is None else processed_size(backbone.image_processor)
     for name in (name for name, recipe in RECIPES.items() if recipe.kind == "head"):
         try:
@@ -86,8 +103,11 @@ def _describe_backbone(arguments: argparse.Namespace) -> None:
             print(f"{name:<22}not here: {error}")
             continue
         tokens, size = len(config.bank), _count_parameters(config)
-        print(f"{name:<22}{tokens:>7}{config.hidden_size:>7}{size:>17,}{2 * tokens * config.hidden_size:>19,}")
-    print(f"\nhead sizes for {arguments.num_labels} labels; cache in float16")
+        print(
+            f"{name:<22}{tokens:>7}{config.hidden_size:>7}{size:>17,}{2 * tokens * config.hidden_size:>19,}"
+            f"{_flops_per_image(config) / 1e6:>20,.2f}"
+        )
+    print(f"\nhead sizes for {arguments.num_labels} labels; cache in float16; a multiply-add is two FLOPs")
 
 
 def _layout_lines(layout: TokenLayout) -> list[str]:
@@ -119,6 +139,18 @@ def _runs(values) -> str:
     if len(runs) == 1:
         return str(runs[0][0])
     return ", ".join(f"{value} (x{count})" if count > 1 else str(value) for value, count in runs)
+
+
+def _flops_per_image(config: LayerFusionConfig) -> int:
+    """Of the head alone, without what it folds once per batch."""
+    head = build_head(config).eval()
+    counts = []
+    for batch_size in (1, 2):
+        tokens = torch.zeros(batch_size, len(config.bank), config.hidden_size)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            head(tokens)
+        counts.append(counter.get_total_flops())
+    return counts[1] - counts[0]
 
 
 def _count_parameters(config: LayerFusionConfig) -> int:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from ..bank import TokenBank
-from ..configuration_layer_fusion import WIDTH_ALIGNMENTS
+from ..configuration_layer_fusion import LOSSES, NORMALIZATIONS, WIDTH_ALIGNMENTS
 from ..data import label_options, open_dataset, prepare_splits
 from ..errors import LayerFusionError
 from ..features import LayerFeatures, extract_features
@@ -27,12 +27,14 @@ from ..files import staged_file
 from ..images import process_image, stack_images
 from ..layout import MODULES
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
-from ..pooling import POOLS
+from ..pooling import GRID_POOLS, POOLS
 from ..recipes import RECIPES
 from ..training.collators import ImageCollator
 from ..training.metrics import without_timings
 
 DTYPES = ("float32", "bfloat16", "float16")
+# Options of the head's training that hold for all settings of a sweep, by the names of the config's fields.
+TRAINING_OPTIONS = ("loss", "token_normalization", "mixup_alpha", "layer_dropout")
 
 
 class OptionsError(LayerFusionError):
@@ -116,7 +118,7 @@ def add_backbone_options(parser: argparse.ArgumentParser, *, required: bool = Tr
         "and need an equals sign: --layers=-1,-2)",
     )
     group.add_argument("--modules", help=f"comma-separated, from {', '.join(MODULES)}")
-    group.add_argument("--pools", help=f"comma-separated, from {', '.join(POOLS)}")
+    group.add_argument("--pools", help=f"comma-separated, from {', '.join(POOLS)}, and {GRID_POOLS}")
     group.add_argument(
         "--image_size", type=number(int, at_least=1), help="pixels, if other than the backbone's processor says"
     )
@@ -143,6 +145,28 @@ def add_layout_options(group: argparse._ActionsContainer) -> None:
         metavar=("HEIGHT", "WIDTH"),
         help="of the patch grid, where it cannot be measured",
     )
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "for small data (default: the recipe's; a sweep trains all its settings with them)"
+    )
+    group.add_argument("--loss", choices=LOSSES, help="squared: the squared distance from 0 and 1, for classes alone")
+    group.add_argument(
+        "--token_normalization",
+        choices=NORMALIZATIONS,
+        help="l2: by the norm of each token; standardize: each coordinate by mean and deviation of the training images",
+    )
+    group.add_argument(
+        "--mixup_alpha", type=float, help="mix training images by pairs, in shares from Beta(alpha, alpha)"
+    )
+    group.add_argument("--layer_dropout", type=float, help="probability that a training image goes without a layer")
+
+
+def training_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for of the head's training, by the names of the config's fields."""
+    given = {name: getattr(arguments, name, None) for name in TRAINING_OPTIONS}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
@@ -215,6 +239,7 @@ def build_model(
         **({"image_size": arguments.image_size} if arguments.image_size else {}),
         **label_options(labels, label_column),
         **token_options(arguments),
+        **training_options(arguments),
         **overrides,
     )
     if arguments.image_size:

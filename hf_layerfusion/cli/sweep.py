@@ -13,8 +13,8 @@ A grid file names values; all combinations are tried. What it leaves out is the 
   attention_dropout: [0, 0.3]
   noise_std: 0.05
 
-Fields are recipe, learning_rate, weight_decay, attention_dropout, noise_std, noise_probability, num_queries, num_heads
-and balance_classes. A list of such mappings is the grids one after another.
+Fields are recipe, learning_rate, weight_decay, attention_dropout, noise_std, noise_probability, num_queries, num_heads,
+mixup_alpha, layer_dropout and balance_classes. A list of such mappings is the grids one after another.
 
 OUTPUT_DIR gets sweep.json, trials.csv (a row for every trial), sweep.png, the trained heads' weights, and with a
 backbone the folder head, which `layerfusion evaluate` and `pipeline` load. After a kill, the same command goes on.
@@ -24,7 +24,9 @@ Under `accelerate launch` the heads are shared out over the processes.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
+import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,21 +37,24 @@ import torch
 from accelerate import PartialState
 
 from ..bank import TokenBank
-from ..configuration_layer_fusion import LayerFusionConfig
+from ..configuration_layer_fusion import ATTENDING_HEADS, LayerFusionConfig
 from ..data import SPLIT_NAMES
 from ..errors import LayerFusionError
 from ..features import LayerFeatures
 from ..features.manifest import MANIFEST_NAME
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
 from ..sweeps import Setting, SweepResult, expand_grid, sweep
+from ..sweeps.inputs import within_budget
 from ..sweeps.result import RESULT_NAME, TABLE_NAME
 from ..sweeps.run import STRATEGIES
 from .options import (
+    TRAINING_OPTIONS,
     OptionsError,
     add_backbone_options,
     add_cache_options,
     add_dataset_options,
     add_device_option,
+    add_training_options,
     build_model,
     check_device,
     extract_splits,
@@ -59,13 +64,14 @@ from .options import (
     open_splits,
     output_folder,
     token_options,
+    training_options,
     whole_numbers,
 )
 
 # Options of the search itself, by the names of `sweep`'s arguments; the library's defaults hold where none is given.
 SEARCH_OPTIONS = (
     *("strategy", "metric", "validation_size", "num_folds", "seeds", "patience"),
-    *("heads_at_once", "max_memory", "save_seconds"),
+    *("heads_at_once", "max_memory", "save_seconds", "max_bytes_per_image"),
 )
 SEARCH_TITLE = "sweep (defaults: the paper's protocol)"
 # Options that say how to extract, and are None or False unless they are given.
@@ -102,6 +108,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="default: up to 2048, and at least five batches an epoch",
     )
     group.add_argument("--no_refit", action="store_true", help="choose only: train no head on all rows")
+    add_training_options(parser)
     add_device_option(parser)
 
 
@@ -138,6 +145,11 @@ def add_search_options(group: argparse._ArgumentGroup) -> None:
         help="for parameters, gradients and moments (default: 0.6 of what is free)",
     )
     group.add_argument(
+        "--max_bytes_per_image",
+        type=number(int, at_least=1),
+        help="leave out recipes whose tokens take more of the cache (layerfusion info says how much each takes)",
+    )
+    group.add_argument(
         "--save_seconds",
         type=number(float, at_least=0),
         help="least time between two saves of the state (default: 120)",
@@ -157,6 +169,7 @@ def run(arguments: argparse.Namespace) -> None:
         caches = output_folder("--features_dir", arguments.features_dir or str(folder / "features"))
         splits, image_column, label_column = open_splits(arguments)
         model = build_model(arguments, splits["train"], label_column, recipe=settings[0].recipe)
+        settings = affordable(arguments, model, settings)
         bank = union_bank(arguments, model, settings)
         # Those of training alone: the test split stays unread.
         wanted = {"train": splits["train"]}
@@ -225,11 +238,25 @@ def union_bank(
     arguments: argparse.Namespace, model: ViTForAttentiveLayerFusionClassification, settings: Sequence[Setting]
 ) -> TokenBank:
     """The tokens of all recipes of a grid."""
-    bank = TokenBank(())
-    for recipe in dict.fromkeys(setting.recipe for setting in settings):
-        layout = model.config.token_layout
-        bank |= LayerFusionConfig(token_layout=layout, recipe=recipe, **token_options(arguments)).bank
-    return bank
+    return functools.reduce(operator.or_, _banks(arguments, model, settings).values())
+
+
+def affordable(
+    arguments: argparse.Namespace, model: ViTForAttentiveLayerFusionClassification, settings: Sequence[Setting]
+) -> list[Setting]:
+    """Those settings whose tokens fit `--max_bytes_per_image`, so that no others are extracted."""
+    layout = model.config.layout
+    banks = _banks(arguments, model, settings)
+    return within_budget(settings, banks, layout, arguments.feature_dtype, arguments.max_bytes_per_image)
+
+
+def _banks(
+    arguments: argparse.Namespace, model: ViTForAttentiveLayerFusionClassification, settings: Sequence[Setting]
+) -> dict[str, TokenBank]:
+    """The tokens of each recipe."""
+    options = {"token_layout": model.config.token_layout, **token_options(arguments)}
+    recipes = dict.fromkeys(setting.recipe for setting in settings)
+    return {recipe: LayerFusionConfig(recipe=recipe, **options).bank for recipe in recipes}
 
 
 @dataclass
@@ -271,6 +298,7 @@ def search(
         overwrite=arguments.overwrite_sweep,
         device=arguments.device,
         **token_options(arguments),
+        **training_options(arguments),
         **options,
     )
     seconds = time.perf_counter() - start
@@ -305,10 +333,12 @@ def dataset_name(arguments: argparse.Namespace) -> str:
 def hyperparameters(result: SweepResult) -> dict[str, Any]:
     """What a card says of how a sweep's head came about."""
     chosen = {name.replace("_", " "): value for name, value in chosen_values(result).items()}
+    for_all = {name: value for name, value in result.protocol["overrides"].items() if name in TRAINING_OPTIONS}
+    steps = {"epochs": result.protocol["refit_epochs"], "batch size": result.protocol["refit_batch_size"]}
     return {
         **chosen,
-        "epochs": result.protocol["refit_epochs"],
-        "batch size": result.protocol["refit_batch_size"],
+        **{name.replace("_", " "): value for name, value in for_all.items()},
+        **(steps if result.best.ridge_penalty is None else {}),
         "training images": result.protocol["features"]["rows"],
         "seed": next(iter(result.heads)),
         "chosen from": f"{result.protocol['settings']} settings, on {_validation(result)}",
@@ -318,8 +348,12 @@ def hyperparameters(result: SweepResult) -> dict[str, Any]:
 
 def chosen_values(result: SweepResult) -> dict[str, Any]:
     """The chosen setting, with the recipe's values where the grid had none."""
-    idle = [] if result.config.head_type == "attentive" else ["attention_dropout", "num_queries", "num_heads"]
+    attends = result.config.head_type in ATTENDING_HEADS
+    idle = [] if attends else ["attention_dropout", "num_queries"]
+    idle += [] if result.config.head_type == "attentive" else ["num_heads"]
     idle += [] if result.best.noise_std else ["noise_probability"]
+    if result.best.ridge_penalty is not None:
+        idle += ["learning_rate", "weight_decay", "noise_std"]
     values = {name: getattr(result.config, name, value) for name, value in result.best.to_dict().items()}
     return {name: value for name, value in values.items() if name not in idle and value is not None}
 

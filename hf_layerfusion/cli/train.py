@@ -44,6 +44,7 @@ from .options import (
     add_cache_options,
     add_dataset_options,
     add_device_option,
+    add_training_options,
     build_model,
     extract_splits,
     given_options,
@@ -51,12 +52,14 @@ from .options import (
     measure,
     number,
     output_folder,
+    training_options,
 )
 from .sweep import (
     SEARCH_OPTIONS,
     SEARCH_TITLE,
     Found,
     add_search_options,
+    affordable,
     chosen_head,
     chosen_values,
     dataset_name,
@@ -99,6 +102,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--noise_std", type=float, help="on the tokens; the paper trains with 0.05")
     group.add_argument("--no_class_weights", action="store_true", help="do not balance the classes in the loss")
     group.add_argument("--seed", type=int, help="of first weights, order, dropout and noise (default: 0)")
+    add_training_options(parser)
     group = parser.add_argument_group(SEARCH_TITLE)
     group.add_argument(
         "--sweep",
@@ -137,6 +141,7 @@ def run(arguments: argparse.Namespace) -> None:
             "hf_layerfusion.training, or layerfusion study"
         )
     model = build_model(arguments, splits["train"], label_column, recipe=recipe, **overrides)
+    settings = affordable(arguments, model, settings) if settings else settings
     bank = union_bank(arguments, model, settings) if settings else None
     wanted = {split: splits[split] for split in ("train", "test")}
     features = extract_splits(arguments, model, wanted, caches, image_column, label_column, bank)
@@ -150,7 +155,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _settings(arguments: argparse.Namespace) -> list[Setting]:
-    """The settings to choose from; none without `--sweep`."""
+    """The settings to choose from; none without `--sweep`, unless the recipe has something to choose."""
+    recipes = [find_recipe(name.strip()) for name in arguments.recipe.split(",")]
+    if not arguments.sweep and any(recipe.candidates or recipe.solver == "ridge" for recipe in recipes):
+        arguments.sweep = "fast"
     if not arguments.sweep:
         if given := given_options(arguments, (*SEARCH_OPTIONS, "overwrite_sweep")):
             shown = {"max_memory": "max_memory_gb"}.get(given[0], given[0])
@@ -214,6 +222,7 @@ def _train(
         "training images": len(features["train"]),
         "attention dropout": model.config.attention_dropout,
         "noise std": model.config.noise_std,
+        **{name.replace("_", " "): value for name, value in training_options(arguments).items()},
         "balance classes": not arguments.no_class_weights,
         "seed": arguments.seed or 0,
         "chosen from": "no search: the recipe's defaults, and what was given",
@@ -303,10 +312,14 @@ def _hub_dataset(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _protocol(model: ViTForAttentiveLayerFusionClassification) -> dict[str, Any]:
-    """What is the same for every head of these commands."""
+    """What is the same for every head of these commands that is fitted as this one."""
     size = None if model.image_processor is None else processed_size(model.image_processor)
-    return {
+    steps = {
         "optimizer": f"AdamW, decay on all parameters, gradients clipped at a norm of {MAX_GRADIENT_NORM:g}",
         "learning rate schedule": f"cosine to {MIN_LEARNING_RATE:g}, no warm-up",
+    }
+    closed_form = {"solver": "least squares on standardised tokens, in closed form"}
+    return {
+        **(closed_form if find_recipe(model.config.recipe).solver == "ridge" else steps),
         **({} if size is None else {"image size": " x ".join(map(str, size))}),
     }

@@ -80,6 +80,7 @@ class StudyConfig:
         protocol: how heads are trained and chosen.
         seeds: every chosen setting is trained from each of these.
         splits: `"own"` for the datasets' own training and test rows, or a number of new splits of all rows.
+        references: recipes that all others are held against in the report, one by one and the best of them.
     """
 
     name: str
@@ -89,6 +90,7 @@ class StudyConfig:
     protocol: Protocol
     seeds: tuple[int, ...] = (0,)
     splits: str | int = "own"
+    references: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, path: str | Path) -> StudyConfig:
@@ -118,7 +120,7 @@ class StudyConfig:
         Raises:
             LayerFusionError: naming the entry.
         """
-        known = ("name", "backbones", "datasets", "recipes", "protocol", "seeds", "splits")
+        known = ("name", "backbones", "datasets", "recipes", "protocol", "seeds", "splits", "references")
         _check_keys("the study", content, known, ("name", "backbones", "datasets", "recipes"))
         if not isinstance(content["name"], str) or not _NAME.fullmatch(content["name"]):
             raise LayerFusionError(f"name: {content['name']!r} is no name: use letters, digits, '.', '_' and '-'")
@@ -134,6 +136,10 @@ class StudyConfig:
         whole = isinstance(seeds, list) and all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
         if not whole or not seeds or len(set(seeds)) < len(seeds):
             raise LayerFusionError(f"seeds: {seeds!r} must be a list of different whole numbers from 0 up")
+        references = content.get("references", [])
+        if not isinstance(references, list) or (unknown := [one for one in references if one not in recipes]):
+            shown = repr(references) if not isinstance(references, list) else repr(unknown[0])
+            raise LayerFusionError(f"references: {shown} is none of the study's recipes: {', '.join(recipes)}")
         return cls(
             name=content["name"],
             backbones=_entries("backbones", content["backbones"], BackboneEntry),
@@ -142,6 +148,7 @@ class StudyConfig:
             protocol=Protocol.from_value(content.get("protocol", "paper")),
             seeds=tuple(seeds),
             splits=splits,
+            references=tuple(references),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,8 +171,9 @@ def _check_recipe(recipe: Any) -> None:
         )
     except LayerFusionError as error:
         raise LayerFusionError(f"recipes: {error}") from error
-    if "*" in places and family.endswith("-heads"):
-        raise LayerFusionError(f"recipes: {recipe!r}: name the numbers of heads, such as {family}:4")
+    if "*" in places and family.endswith(("-heads", "-grid")):
+        things = "heads" if family.endswith("-heads") else "cells a side"
+        raise LayerFusionError(f"recipes: {recipe!r}: name the numbers of {things}, such as {family}:4")
 
 
 def _entries(name: str, values: Any, kind: Callable[..., Any]) -> tuple[Any, ...]:

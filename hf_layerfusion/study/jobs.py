@@ -20,7 +20,7 @@ from ..features import LayerFeatures
 from ..files import write_file, write_json
 from ..layout import TokenLayout
 from ..recipes import find_recipe
-from ..sweeps import SweepResult, sweep
+from ..sweeps import Setting, SweepResult, sweep
 from ..training.fine_tuning import MAX_BATCH_SIZE, fine_tune, predict_images
 from ..training.metrics import Accuracy, BalancedAccuracy
 from ..training.run import default_batch_size
@@ -156,12 +156,19 @@ def _test(result: SweepResult, seed: int, test: LayerFeatures, device: str) -> O
     attends = model.config.head_type != "linear"
     return Outcome(
         predictions=torch.cat(predictions).numpy(),
-        setting=result.best.to_dict(),
+        setting=_told(result.best),
         num_parameters=sum(parameter.numel() for parameter in model.head.parameters()),
         validation_score=result.best_score,
         num_settings=result.protocol["settings"],
         attention=summarise_attentions(model, test.batches(_BATCH_SIZE, device=device)) if attends else None,
     )
+
+
+def _told(setting: Setting) -> dict[str, Any]:
+    """A chosen setting, without what a head in closed form does not have."""
+    if setting.ridge_penalty is None:
+        return setting.to_dict()
+    return {name: getattr(setting, name) for name in ("recipe", "ridge_penalty", "balance_classes")}
 
 
 def _fit(job: Job, train: LayerFeatures, test: LayerFeatures, groups: np.ndarray | None) -> dict[int, Outcome]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import LayerFusionError
 from ..recipes import FAMILIES, find_recipe
 from ..style import can_draw
-from .comparisons import write_by_dataset, write_summary, write_tests
+from .comparisons import write_against_references, write_by_dataset, write_summary, write_tests
 from .layers import write_attention, write_similarity, write_taps
 from .pages import Pages
 from .results import Run, StudyResults
@@ -31,7 +31,7 @@ REPORT_FOLDER = "report"
 REPORT_NAME = "report.md"
 _OWN_NAME = re.compile(
     r"(report\.md|(results|gains)\.csv"
-    r"|(summary|accuracy|gains|tests)(-[^/]*)?\.tex"
+    r"|(summary|accuracy|gains|tests|references)(-[^/]*)?\.tex"
     r"|(gains|layer-counts|attention|layers|taps|similarity|depth)(-[^/]*)?\.png)"
 )
 
@@ -104,6 +104,7 @@ def _write_pages(pages: Pages, study: ScoredStudy) -> None:
     if main:
         write_summary(pages, study, main)
         write_by_dataset(pages, study, main)
+        write_against_references(pages, study, main)
         write_tests(pages, study, main)
     write_taps(pages, study)
     write_attention(pages, study)

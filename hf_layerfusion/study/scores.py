@@ -67,6 +67,11 @@ class ScoredStudy:
         return cls(results, baseline, num_resamples, found)
 
     @property
+    def references(self) -> list[str]:
+        """Recipes that all others are held against, besides the baseline."""
+        return list(self.results.config.get("references", ()))
+
+    @property
     def has_baseline(self) -> bool:
         return self.baseline in self.results.recipes
 

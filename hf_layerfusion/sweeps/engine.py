@@ -21,7 +21,8 @@ from ..configuration_layer_fusion import LayerFusionConfig
 from ..errors import LayerFusionError
 from ..features import LayerFeatures
 from ..heads.attention import token_scales
-from ..noise import add_noise_
+from ..heads.standardizer import EPSILON, TokenStandardizer
+from ..noise import Mixture, add_noise_
 from ..training.run import MAX_GRADIENT_NORM, MIN_LEARNING_RATE
 from .meter import Meter
 from .selection import rank
@@ -127,13 +128,23 @@ class _Workspace:
 
 @dataclass(frozen=True)
 class _View:
-    """How some heads see the batch: which tokens, how normalised, with what noise."""
+    """How some heads see the batch: which tokens, how normalised, how mixed, with what noise."""
 
     tokens: tuple[int, ...]
     width: int
     normalization: str
     noise_std: float
     noise_probability: float
+    mixup_alpha: float
+
+
+@dataclass
+class _Seen:
+    """The batch in one view: tokens, what the attentive head's `token_scales` gives for them, and how they were mixed."""
+
+    tokens: Tensor
+    scales: Tensor
+    mixture: Mixture | None
 
 
 class Engine:
@@ -183,6 +194,8 @@ class Engine:
         self.states: dict[Trial, dict[str, Tensor]] = {}
         self._workspace = _Workspace()
         self._views = {setting: self._view(config) for setting, config in self.configs.items()}
+        # Of each fold and view; taken when they are first asked for.
+        self._standardizers: dict[tuple[int, _View], TokenStandardizer] = {}
 
     def run(self) -> dict[Trial, TrialRun]:
         """Train everything that is not finished."""
@@ -213,7 +226,7 @@ class Engine:
     def _view(self, config: LayerFusionConfig) -> _View:
         noise = (config.noise_std, config.noise_probability) if config.noise_std else (0.0, 0.0)
         tokens = tuple(self.bank.positions_of(config.bank))
-        return _View(tokens, config.hidden_size, config.token_normalization, *noise)
+        return _View(tokens, config.hidden_size, config.token_normalization, *noise, config.mixup_alpha)
 
     def _waves(self) -> list[list[Trial]]:
         """Trials that are trained at the same time: as many as the memory holds."""
@@ -309,7 +322,10 @@ class Engine:
                 saved = time.monotonic()
         if self.keep_states:
             for stack in stacks:
-                self.states |= {trial: stack.head_state(position) for position, trial in enumerate(stack.trials)}
+                self.states |= {
+                    trial: {**stack.head_state(position), **self._statistics(trial)}
+                    for position, trial in enumerate(stack.trials)
+                }
 
     def _train_epoch(
         self, epoch: int, fold: int, seed: int, stacks: Sequence[HeadStack], bar: tqdm
@@ -321,16 +337,18 @@ class Engine:
         for number, batch in enumerate(self._batches(self.rows[fold].train, epoch, seed)):
             step = epoch * steps + number
             draws = Draws(seed, step, self.protocol.device)
-            seen: dict[_View, tuple[Tensor, Tensor | None]] = {}
+            seen: dict[_View, _Seen] = {}
             for position, stack in enumerate(stacks):
                 view = self._views[stack.trials[0].setting]
                 if view not in seen:
-                    seen[view] = self._prepare(batch["layer_features"], view, draws, len(seen))
-                tokens, scales = seen[view]
+                    seen[view] = self._prepare(batch["layer_features"], view, fold, draws, len(seen))
+                batch_seen = seen[view]
                 rates = [learning_rate_at(step, num_steps, t.setting.learning_rate) for t in stack.trials]
                 with self._autocast():
-                    inputs = stack.inputs(tokens, scales, draws)
-                    sums[position] += stack.train_step(inputs, batch["labels"], rates, MAX_GRADIENT_NORM)
+                    inputs = stack.inputs(batch_seen.tokens, batch_seen.scales, draws)
+                    sums[position] += stack.train_step(
+                        inputs, batch["labels"], rates, MAX_GRADIENT_NORM, batch_seen.mixture
+                    )
                 bar.update(len(stack))
         losses: dict[Trial, float] = {}
         for stack, total in zip(stacks, sums, strict=True):
@@ -348,8 +366,8 @@ class Engine:
             index = np.sort(order[start : start + self.protocol.batch_size])
             yield features.batch(index, self.protocol.device)
 
-    def _prepare(self, raw: Tensor, view: _View, draws: Draws | None, number: int) -> tuple[Tensor, Tensor | None]:
-        """Normalised tokens of one view, with noise where `draws` are given, and their scales."""
+    def _prepare(self, raw: Tensor, view: _View, fold: int, draws: Draws | None, number: int) -> _Seen:
+        """Normalised tokens of one view, mixed and with noise where `draws` are given."""
         if len(view.tokens) < raw.shape[1] or view.tokens != tuple(range(raw.shape[1])):
             raw = raw[:, list(view.tokens)]
         raw = raw[..., : view.width]
@@ -357,10 +375,35 @@ class Engine:
         tokens.copy_(raw)
         if view.normalization == "l2":
             tokens.div_(torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).clamp_min_(1e-12))
+        elif view.normalization == "standardize":
+            standardizer = self._standardizer(fold, view)
+            tokens.sub_(standardizer.mean.to(tokens.dtype)).div_(standardizer.std.to(tokens.dtype) + EPSILON)
+        mixture = None
+        if draws is not None and view.mixup_alpha:
+            mixture = draws.mixture(view.mixup_alpha, len(tokens))
+            mixture.mix_(tokens)
         if draws is not None and view.noise_std:
             uniform = draws.uniform("noisy rows", (len(tokens),))
             add_noise_(tokens, view.noise_std, view.noise_probability, uniform, draws.generator("noise"))
-        return tokens, token_scales(tokens, False, _LAYER_NORM_EPS)
+        return _Seen(tokens, token_scales(tokens, False, _LAYER_NORM_EPS), mixture)
+
+    def _standardizer(self, fold: int, view: _View) -> TokenStandardizer:
+        """The statistics of a fold's training rows, for the tokens of a view."""
+        key = (fold, replace(view, noise_std=0.0, noise_probability=0.0, mixup_alpha=0.0))
+        if key not in self._standardizers:
+            bank = TokenBank(tuple(self.bank.coordinates[token] for token in view.tokens))
+            fitted = TokenStandardizer(len(bank), view.width).to(self.protocol.device)
+            fitted.fit(self.rows[fold].train.select_bank(bank))
+            self._standardizers[key] = fitted
+        return self._standardizers[key]
+
+    def _statistics(self, trial: Trial) -> dict[str, Tensor]:
+        """What standardises the tokens of a trial's head, on the CPU; nothing where that is not done."""
+        view = self._views[trial.setting]
+        if view.normalization != "standardize":
+            return {}
+        state = self._standardizer(trial.fold, view).state_dict(prefix="token_standardizer.")
+        return {name: value.cpu().clone() for name, value in state.items()}
 
     def _autocast(self) -> torch.autocast:
         dtype = getattr(torch, self.protocol.autocast or "bfloat16")
@@ -370,7 +413,7 @@ class Engine:
 
     def _evaluate(self, epoch: int, fold: int, stacks: Sequence[HeadStack], losses: Mapping[Trial, float]) -> None:
         validation = self.rows[fold].validation
-        scores = {} if validation is None else self._scores(validation, stacks)
+        scores = {} if validation is None else self._scores(validation, fold, stacks)
         for trial in (trial for stack in stacks for trial in stack.trials):
             run = self.runs[trial]
             run.epochs.append(epoch)
@@ -381,18 +424,19 @@ class Engine:
                 run.stopped = "diverged"
 
     @torch.no_grad()
-    def _scores(self, features: LayerFeatures, stacks: Sequence[HeadStack]) -> dict[Trial, float]:
+    def _scores(self, features: LayerFeatures, fold: int, stacks: Sequence[HeadStack]) -> dict[Trial, float]:
         meters = [Meter(self.protocol.metric, stack.configs[0], len(stack)) for stack in stacks]
         for start in range(0, len(features), EVALUATION_BATCH):
             index = np.arange(start, min(start + EVALUATION_BATCH, len(features)))
             batch = features.batch(index, self.protocol.device)
-            seen: dict[_View, tuple[Tensor, Tensor | None]] = {}
+            seen: dict[_View, _Seen] = {}
             for stack, meter in zip(stacks, meters, strict=True):
                 view = self._views[stack.trials[0].setting]
                 if view not in seen:
-                    seen[view] = self._prepare(batch["layer_features"], view, None, len(seen))
+                    seen[view] = self._prepare(batch["layer_features"], view, fold, None, len(seen))
+                inputs = stack.evaluation_inputs(seen[view].tokens, seen[view].scales)
                 with self._autocast():
-                    meter.add(stack.logits(stack.evaluation_inputs(*seen[view])), batch["labels"])
+                    meter.add(stack.logits(inputs), batch["labels"])
         return {
             trial: score
             for stack, meter in zip(stacks, meters, strict=True)

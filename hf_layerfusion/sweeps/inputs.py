@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
+from ..bank import TokenBank
 from ..configuration_layer_fusion import HEAD_OPTIONS, PROBLEM_TYPES, LayerFusionConfig
 from ..errors import LayerFusionError
 from ..features import LayerFeatures
+from ..layout import TokenLayout
 from ..losses import problem_type_of
 from ..training.metrics import IGNORED_LABEL, build_compute_metrics
 from .settings import FIELDS, Grid, Setting, expand_grid
@@ -94,8 +96,14 @@ def labelled(
 
 
 def config_of(
-    features: LayerFeatures, setting: Setting, options: dict[str, Any], overrides: dict[str, Any]
+    features: LayerFeatures,
+    setting: Setting,
+    options: dict[str, Any],
+    overrides: dict[str, Any],
+    *,
+    check: bool = True,
 ) -> LayerFusionConfig:
+    """Of a head that reads these features; `check` that they hold its tokens."""
     if unknown := sorted(overrides.keys() - set(HEAD_OPTIONS)):
         raise LayerFusionError(
             f"{unknown[0]!r} is no option of sweep or of a head; heads take {', '.join(HEAD_OPTIONS)}"
@@ -110,6 +118,9 @@ def config_of(
             "width_alignment='project' gives every head tokens of its own, which a sweep cannot share: "
             "train it with build_trainer"
         )
+    for name, value in {"token_normalization": "standardize", "loss": "squared"}.items():
+        if setting.ridge_penalty is not None and overrides.get(name) == value:
+            raise LayerFusionError(f"{name}={value!r}: recipe {setting.recipe!r} does so by itself, leave it out")
     layout = features.fingerprint["token_layout"]
     size = features.fingerprint.get("image_size")
     config = LayerFusionConfig(
@@ -118,8 +129,37 @@ def config_of(
     if config.problem_type is None:
         problem: Any = problem_type_of(config, torch.as_tensor(features.select_rows([0]).labels))
         config.problem_type = problem
-    features.bank.positions_of(config.bank)  # says which tokens are missing
+    if check:
+        features.bank.positions_of(config.bank)  # says which tokens are missing
     return config
+
+
+def within_budget(
+    settings: Sequence[Setting], banks: Mapping[str, TokenBank], layout: TokenLayout, dtype: str, max_bytes: int | None
+) -> list[Setting]:
+    """The settings whose tokens take up to so many bytes an image in a cache of `dtype`; `None` for all of them.
+
+    Args:
+        settings: in any order.
+        banks: by recipe.
+        layout: of the backbone.
+
+    Raises:
+        LayerFusionError: if none is left.
+    """
+    if max_bytes is None:
+        return list(settings)
+    if type(max_bytes) is not int or max_bytes < 1:
+        raise LayerFusionError(f"max_bytes_per_image={max_bytes!r}: use a whole number from 1 up, or None")
+    sizes = {recipe: len(bank) * bank.width(layout) * np.dtype(dtype).itemsize for recipe, bank in banks.items()}
+    kept = [setting for setting in settings if sizes[setting.recipe] <= max_bytes]
+    if not kept:
+        shown = ", ".join(f"{recipe} {size:,}" for recipe, size in sizes.items())
+        raise LayerFusionError(
+            f"max_bytes_per_image={max_bytes} leaves no recipe; in {dtype} their tokens take {shown} bytes an image: allow "
+            "more, or name recipes that read fewer layers or pools"
+        )
+    return kept
 
 
 def checked_seeds(seeds: Sequence[int]) -> list[int]:

@@ -27,7 +27,7 @@ from ..files import write_file
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
 from .meter import LOSSES
 from .selection import rank, spread
-from .settings import FIELDS, Setting
+from .settings import FIELDS, LATER_FIELDS, Setting
 
 if TYPE_CHECKING:
     import pandas
@@ -39,7 +39,18 @@ TABLE_NAME = "trials.csv"
 FIGURE_NAME = "sweep.png"
 FORMAT_VERSION = 1
 # What every row of the table has; a version may add to it.
-TRIAL_FIELDS = ("setting", *FIELDS, "seed", "fold", "score", "best_epoch", "epochs_trained", "stopped", "trained_as")
+SINCE_FIRST = tuple(name for name in FIELDS if name not in LATER_FIELDS)
+TRIAL_FIELDS = (
+    "setting",
+    *SINCE_FIRST,
+    "seed",
+    "fold",
+    "score",
+    "best_epoch",
+    "epochs_trained",
+    "stopped",
+    "trained_as",
+)
 # What the methods read of the protocol, and what tells this sweep from others.
 PROTOCOL_FIELDS = ("metric", "overrides", "features", "identity")
 
@@ -88,13 +99,16 @@ class SweepResult:
     @property
     def settings(self) -> list[Setting]:
         """All settings of the grid; the column `setting` of the table counts them from 0."""
-        found = {trial["setting"]: Setting(**{name: trial[name] for name in FIELDS}) for trial in self.trials}
+        found = {
+            trial["setting"]: Setting(**{name: trial[name] for name in FIELDS if name in trial})
+            for trial in self.trials
+        }
         return [found[number] for number in sorted(found)]
 
     @property
     def varied(self) -> list[str]:
         """The fields in which the grid's settings differ."""
-        return [name for name in FIELDS if len({trial[name] for trial in self.trials}) > 1]
+        return [name for name in FIELDS if len({trial.get(name) for trial in self.trials}) > 1]
 
     @property
     def best_score(self) -> float:
@@ -108,13 +122,13 @@ class SweepResult:
 
     @property
     def at_edge(self) -> dict[str, str]:
-        """Where the grid may be too narrow: `"smallest"` or `"largest"` for a learning rate or decay at its end.
+        """Where the grid may be too narrow: `"smallest"` or `"largest"` for a learning rate, decay or penalty at its end.
 
         Only where no other value of the field, with the same recipe, does as well.
         """
         rows = [row for row in self.summary() if row["recipe"] == self.best.recipe]
         found = {}
-        for name in ("learning_rate", "weight_decay"):
+        for name in ("learning_rate", "weight_decay", "ridge_penalty"):
             chosen = getattr(self.best, name)
             others = [row for row in rows if row[name] != chosen]
             if not others or any(row["mean"] >= self.best_score for row in others):
@@ -149,7 +163,7 @@ class SweepResult:
         rows = []
         for number, members in groups.items():
             scores = [_number(trial["score"]) for trial in members]
-            row = {"setting": number, **{name: members[0][name] for name in FIELDS}}
+            row: dict[str, Any] = {"setting": number, **{name: members[0].get(name) for name in FIELDS}}
             row |= {"mean": float(np.mean(scores)), "std": spread(scores), "trained_as": members[0]["trained_as"]}
             rows.append(row)
         settings = self.settings
@@ -188,7 +202,7 @@ class SweepResult:
         state = self.head_state(seed)
         if backbone is None:
             head = ViTForAttentiveLayerFusionClassification(self.config, with_backbone=False)
-            head.head.load_state_dict(state)
+            head.load_head_state(state)
             return head.eval()
         model = ViTForAttentiveLayerFusionClassification.from_backbone(
             backbone, id2label=self.config.id2label, **self.head_options, **options
@@ -211,7 +225,7 @@ class SweepResult:
                     "same one as image_processor="
                 )
         model.config.class_weights = self.config.class_weights
-        model.head.load_state_dict(state)
+        model.load_head_state(state)
         return model
 
     def head_state(self, seed: int | None = None) -> dict[str, Tensor]:
@@ -339,7 +353,10 @@ class SweepResult:
             raise LayerFusionError(f"the sweep in {folder} cannot be read: {error}") from error
 
     def __repr__(self) -> str:
-        names = [name for name in FIELDS if name in ("recipe", "learning_rate", "weight_decay") or name in self.varied]
+        always = (
+            ("recipe", "ridge_penalty") if self.best.ridge_penalty else ("recipe", "learning_rate", "weight_decay")
+        )
+        names = [name for name in FIELDS if name in always or name in self.varied]
         chosen = ", ".join(f"{name}={getattr(self.best, name)}" for name in names)
         spread_shown = "" if math.isnan(self.best_score_std) else f" ± {self.best_score_std:.4f}"
         trained = len({trial["trained_as"] for trial in self.trials})

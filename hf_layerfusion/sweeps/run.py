@@ -23,10 +23,11 @@ from transformers.utils import logging
 from ..configuration_layer_fusion import LayerFusionConfig
 from ..errors import LayerFusionError
 from ..features import LayerFeatures
+from ..layout import TokenLayout
 from ..training.class_weights import class_weights
 from ..training.run import default_batch_size, default_epochs
 from ..version import __version__
-from .engine import Engine, Protocol, Rows, TrialRun, learning_rate_at
+from .engine import Engine, Protocol, Rows, learning_rate_at
 from .inputs import (
     check_choice,
     check_metric,
@@ -37,12 +38,15 @@ from .inputs import (
     describe_features,
     labelled,
     settings_of,
+    within_budget,
     writable_folder,
 )
 from .result import RESULT_NAME, SweepResult
+from .ridge import solve_trials
 from .selection import choose, split_rows
 from .settings import FIELDS, Grid, Setting, merge_settings
 from .stack import Trial
+from .state import TrialRun
 
 logger = logging.get_logger(__name__)
 
@@ -83,6 +87,7 @@ def sweep(
     autocast: str | None = None,
     heads_at_once: int | None = None,
     max_memory: int | None = None,
+    max_bytes_per_image: int | None = None,
     plot: bool = True,
     progress: bool = True,
     **overrides: Any,
@@ -128,6 +133,8 @@ def sweep(
             depend on which others are trained, to the bit; else up to rounding.
         max_memory: bytes for the heads' parameters, gradients and moments; by default a share of what is free. Grids
             that do not fit are trained in rounds.
+        max_bytes_per_image: leave out recipes whose tokens take more of a cache of the features' dtype, such as those of
+            `recipe="auto"` that one cannot afford.
         plot: write `sweep.png` beside the result.
         progress: show a bar.
         overrides: further fields of [`LayerFusionConfig`], for all settings.
@@ -161,6 +168,10 @@ def sweep(
     labels = features.labels
     assert labels is not None
     groups = checked_groups(groups, kept, given)
+    if max_bytes_per_image is not None:
+        layout = TokenLayout.from_dict(features.fingerprint["token_layout"])
+        banks = {s.recipe: config_of(features, s, options, overrides, check=False).bank for s in settings}
+        settings = within_budget(settings, banks, layout, features.manifest.dtype, max_bytes_per_image)
     configs = {setting: config_of(features, setting, options, overrides) for setting in settings}
     config = configs[settings[0]]
     bank = functools.reduce(operator.or_, (config.bank for config in configs.values()))
@@ -228,9 +239,13 @@ def sweep(
         for train, held_out in folds
     ]
 
-    def train(name: str, trials: Sequence[Trial], rows: Sequence[Rows], protocol: Protocol, keep: bool) -> Engine:
+    def train(
+        name: str, trials: Sequence[Trial], rows: Sequence[Rows], protocol: Protocol, keep: bool
+    ) -> tuple[dict[Trial, TrialRun], dict[Trial, dict[str, torch.Tensor]]]:
+        own = trials[state.process_index :: state.num_processes]
+        in_steps = [trial for trial in own if trial.setting.ridge_penalty is None]
         engine = Engine(
-            trials[state.process_index :: state.num_processes],
+            in_steps,
             configs,
             rows,
             protocol,
@@ -245,11 +260,12 @@ def sweep(
         )
         with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
             engine.run()
-        return engine
+        solved, heads = solve_trials([trial for trial in own if trial not in engine.runs], configs, rows, protocol)
+        return {**engine.runs, **solved}, {**engine.states, **heads}
 
     wanted = [settings[number] for number in sorted(set(trained_as))]
     trials = [Trial(setting, seed, fold) for fold in range(len(folds)) for seed in seeds for setting in wanted]
-    runs = _gathered(train("selection", trials, rows, protocol, False).runs, state)
+    runs = _gathered(train("selection", trials, rows, protocol, False)[0], state)
     scores = {s: [runs[Trial(s, seed, fold)].score for seed in seeds for fold in range(len(folds))] for s in wanted}
     best = choose(scores)
     heads: dict[int, dict[str, torch.Tensor]] = {}
@@ -261,8 +277,8 @@ def sweep(
         if patience is not None:
             final.stop_after = max(1, round(float(np.mean(epochs)) / protocol.num_epochs * final.num_epochs))
         everything = [Rows(features, None, _weights(labels, config))]
-        engine = train("refit", [Trial(best, seed) for seed in refit_seeds], everything, final, True)
-        states = _gathered(engine.states, state)
+        _, trained = train("refit", [Trial(best, seed) for seed in refit_seeds], everything, final, True)
+        states = _gathered(trained, state)
         if lost := [seed for seed in refit_seeds if Trial(best, seed) not in states]:
             raise LayerFusionError(f"training on all rows diverged from seed {lost[0]}: use smaller learning rates")
         heads = {seed: states[Trial(best, seed)] for seed in refit_seeds}
@@ -366,12 +382,13 @@ def _table(
     runs: dict[Trial, TrialRun],
 ) -> list[dict[str, Any]]:
     table = []
+    named = [name for name in FIELDS if any(name in setting.to_dict() for setting in settings)]
     for number, setting in enumerate(settings):
         for seed in seeds:
             for fold in range(num_folds):
                 run = runs[Trial(settings[trained_as[number]], seed, fold)]
                 table.append(
-                    {"setting": number, **setting.to_dict(), "seed": seed, "fold": fold}
+                    {"setting": number, **{name: getattr(setting, name) for name in named}, "seed": seed, "fold": fold}
                     | {"score": run.score if math.isfinite(run.score) else None, "best_epoch": run.best_epoch}
                     | {"epochs_trained": run.epochs_trained, "stopped": run.stopped, "trained_as": trained_as[number]}
                 )

@@ -68,7 +68,7 @@ def split_rows(
 def choose(scores: Mapping[Setting, Sequence[float]]) -> Setting:
     """The setting with the best mean score; of equal ones, the one with the stronger regularisation.
 
-    Stronger is: more weight decay, then more attention dropout, then more noise (its size, then its probability), then a
+    Stronger is: a larger penalty of a head in closed form, more weight decay, then more attention dropout, then more noise (its size, then its probability), then a
     smaller learning rate.
 
     Raises:
@@ -87,7 +87,15 @@ def rank(setting: Setting, score: float) -> tuple:
     """What `choose` takes the largest of."""
     noise = (setting.noise_std, setting.noise_probability)
     # Means of folds differ in their last digits where the scores are the same.
-    return (round(score, 9), setting.weight_decay, setting.attention_dropout or 0.0, *noise, -setting.learning_rate)
+    penalty = setting.ridge_penalty or 0.0
+    return (
+        round(score, 9),
+        penalty,
+        setting.weight_decay,
+        setting.attention_dropout or 0.0,
+        *noise,
+        -setting.learning_rate,
+    )
 
 
 def spread(values: Sequence[float]) -> float:

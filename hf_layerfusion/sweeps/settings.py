@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..configuration_layer_fusion import MAX_MIXUP_ALPHA
 from ..errors import LayerFusionError
 from ..recipes import Recipe, find_recipe
 
@@ -34,6 +35,9 @@ class Setting:
         num_queries: learned queries.
         num_heads: attention heads; `None` for one per token.
         balance_classes: weight the classes by n / (C * count).
+        mixup_alpha: of mixed rows, see [`LayerFusionConfig`]; `None` for the recipe's.
+        layer_dropout: likewise.
+        ridge_penalty: of a head in closed form, as `solve_ridge` takes it; such a head has no learning rate or decay.
     """
 
     recipe: str = "alf"
@@ -45,6 +49,9 @@ class Setting:
     num_queries: int = 1
     num_heads: int | None = None
     balance_classes: bool = True
+    ridge_penalty: float | None = None
+    mixup_alpha: float | None = None
+    layer_dropout: float | None = None
 
     def __post_init__(self) -> None:
         _recipe(self.recipe)
@@ -55,10 +62,21 @@ class Setting:
                 )
         if not self.learning_rate:
             raise LayerFusionError("learning_rate=0 of a sweep's setting trains nothing: use a positive number")
-        for name in ("attention_dropout", "noise_probability"):
+        for name in ("attention_dropout", "noise_probability", "layer_dropout"):
             value = getattr(self, name)
-            if not _is_number(value, 1) and not (name == "attention_dropout" and value is None):
+            if not _is_number(value, 1) and not (name != "noise_probability" and value is None):
                 raise LayerFusionError(f"{name}={_short(value)} of a sweep's setting is no probability: use 0 to 1")
+        if self.mixup_alpha is not None and not _is_number(self.mixup_alpha, MAX_MIXUP_ALPHA):
+            raise LayerFusionError(
+                f"mixup_alpha={_short(self.mixup_alpha)} of a sweep's setting: use 0, or a positive number up to "
+                f"{MAX_MIXUP_ALPHA}"
+            )
+        if self.ridge_penalty is not None and not (
+            _is_number(self.ridge_penalty, sys.float_info.max) and self.ridge_penalty
+        ):
+            raise LayerFusionError(
+                f"ridge_penalty={_short(self.ridge_penalty)} of a sweep's setting: use a positive number"
+            )
         for name in ("num_queries", "num_heads"):
             value = getattr(self, name)
             if (type(value) is not int or value < 1) and not (name == "num_heads" and value is None):
@@ -75,13 +93,28 @@ class Setting:
         return {name: value for name, value in chosen.items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Fields that came later stand here only where they say something, so that older sweeps are found again."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in LATER_FIELDS or value != getattr(type(self), name)
+        }
 
 
-_CONFIG_FIELDS = ("recipe", "attention_dropout", "noise_std", "noise_probability", "num_queries", "num_heads")
+_CONFIG_FIELDS = (
+    *("recipe", "attention_dropout", "noise_std", "noise_probability", "num_queries", "num_heads"),
+    *("mixup_alpha", "layer_dropout"),
+)
 FIELDS = tuple(field.name for field in fields(Setting))
+# Fields that results of earlier versions lack.
+LATER_FIELDS = ("ridge_penalty", "mixup_alpha", "layer_dropout")
 _NOISE = ("noise_std", "noise_probability")
-_FLOAT_FIELDS = ("learning_rate", "weight_decay", "attention_dropout", "noise_std", "noise_probability")
+_FLOAT_FIELDS = (
+    *("learning_rate", "weight_decay", "attention_dropout", "noise_std", "noise_probability", "ridge_penalty"),
+    *("mixup_alpha", "layer_dropout"),
+)
+# What a head in closed form is chosen from, unless the grid names penalties: half decades, since they cost little.
+RIDGE_PENALTIES = tuple(float(f"{10 ** (exponent / 2):.3g}") for exponent in range(-8, 4))
 
 # The reference's selection: 3 learning rates x 7 decays x 3 dropouts, with its noise.
 _PAPER = {
@@ -108,7 +141,7 @@ def expand_grid(grid: Grid, recipes: Sequence[str] = ("alf",)) -> list[Setting]:
     Args:
         grid: `"paper"`, `"fast"`, a YAML or JSON file, a mapping from fields of [`Setting`] to a value or a list of values
             (all combinations are meant), or a list of such mappings.
-        recipes: for settings that do not name theirs.
+        recipes: for settings that do not name theirs; `"auto"` stands for those that it chooses from.
 
     Raises:
         LayerFusionError: for an unknown name or field, a value of a wrong kind, or a grid without settings.
@@ -122,17 +155,18 @@ def expand_grid(grid: Grid, recipes: Sequence[str] = ("alf",)) -> list[Setting]:
         )
     if not parts:
         raise LayerFusionError("the grid holds no setting: give at least one")
-    settings = []
+    settings: list[Setting] = []
     for part in parts:
         if unknown := sorted(map(str, part.keys() - set(FIELDS))):
             raise LayerFusionError(
                 f"{_short(unknown[0])} is no field of a sweep's grid: choose from {', '.join(FIELDS)}"
             )
         values = {name: _choices(name, value) for name, value in {"recipe": list(recipes), **part}.items()}
+        values["recipe"] = [one for name in values["recipe"] for one in find_recipe(name).candidates or (name,)]
         if empty := [name for name, choices in values.items() if not choices]:
             raise LayerFusionError(f"the grid names no value for {empty[0]!r}: give one or leave it out")
         for combination in itertools.product(*values.values()):
-            settings.append(_completed(dict(zip(values, combination, strict=True))))
+            settings += _completed(dict(zip(values, combination, strict=True)))
     return list(dict.fromkeys(settings))
 
 
@@ -155,20 +189,36 @@ def _as_float(value: Any) -> Any:
         return value
 
 
-def _completed(values: dict[str, Any]) -> Setting:
-    """A setting in which everything has the value that it is trained with, so that equal runs are equal settings."""
+def _completed(values: dict[str, Any]) -> list[Setting]:
+    """Settings in which everything has the value that it is trained with, so that equal runs are equal settings.
+
+    One, or for a head in closed form as many as there are penalties to choose from, where none is named.
+    """
     recipe = _recipe(values["recipe"])
+    if recipe.solver == "ridge":
+        kept = {name: values[name] for name in ("recipe", "balance_classes") if name in values}
+        named = values.get("ridge_penalty")
+        penalties = RIDGE_PENALTIES if named is None else (named,)
+        idle: dict[str, Any] = {"learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+        return [Setting(**kept, **idle, ridge_penalty=penalty) for penalty in penalties]
+    values = {**values, "ridge_penalty": None}
+    for name in ("mixup_alpha", "layer_dropout"):
+        if values.get(name) == recipe.head_options.get(name, 0.0):
+            values[name] = None  # the recipe's own
     noise = {name: recipe.head_options[name] for name in _NOISE if name in recipe.head_options}
-    defaults = {"learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay, **noise}
+    queries = {"num_queries": recipe.head_options.get("num_queries", 1)}
+    defaults = {"learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay, **noise, **queries}
     setting = Setting(**{**defaults, **values})
     if not setting.noise_std or not setting.noise_probability:
         setting = replace(setting, noise_std=0.0, noise_probability=Setting.noise_probability)
-    if recipe.head_type != "attentive":
+    if recipe.head_type == "efficient":
+        setting = replace(setting, num_heads=None)
+    elif recipe.head_type != "attentive":
         # No attention to drop.
-        return replace(setting, attention_dropout=None, num_queries=1, num_heads=None)
+        return [replace(setting, attention_dropout=None, num_queries=1, num_heads=None)]
     if setting.attention_dropout is None:
         setting = replace(setting, attention_dropout=recipe.head_options.get("attention_dropout", 0.0))
-    return setting
+    return [setting]
 
 
 def read_grid(path: Path) -> Any:
@@ -196,6 +246,8 @@ def read_grid(path: Path) -> Any:
 
 def _recipe(name: Any) -> Recipe:
     recipe = find_recipe(name)
+    if recipe.kind == "choice":
+        raise LayerFusionError(f"recipe {name!r} stands for several: {', '.join(recipe.candidates)}; name one of them")
     if recipe.kind != "head":
         tool = "fit_estimator" if recipe.kind == "estimator" else "fine_tune"
         raise LayerFusionError(f"recipe {name!r} is no head, so it cannot be swept: use {tool}, or layerfusion study")

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from numpy.random import SeedSequence
+from numpy.random import SeedSequence, default_rng
 from torch import Tensor, nn
 
-from ..configuration_layer_fusion import LayerFusionConfig
+from ..configuration_layer_fusion import ATTENDING_HEADS, LayerFusionConfig
 from ..heads import build_head
 from ..heads.stack_inputs import StackInputs
-from ..losses import stacked_loss
+from ..losses import scaled_logits, stacked_loss
+from ..noise import Mixture, layer_positions
 from .settings import Setting
 
 # The reference's optimizer is `torch.optim.AdamW` with its defaults.
@@ -40,7 +41,8 @@ def shape_of(config: LayerFusionConfig) -> tuple:
     """What heads must have in common to be stacked."""
     return (
         *(config.head_type, config.hidden_size, tuple(config.bank.coordinates), config.num_labels),
-        *(config.num_heads, config.num_queries, config.head_dim_multiplier),
+        *(config.num_heads, config.num_queries, config.head_dim_multiplier, config.loss),
+        *(config.query_fusion, config.token_embeddings),
     )
 
 
@@ -75,6 +77,8 @@ class HeadStack:
         self.trials, self.configs = list(trials), list(configs)
         config = configs[0]
         self.problem_type = str(config.problem_type)
+        self.loss = config.loss
+        self.layers = layer_positions(config.bank)
         with torch.device("meta"):
             self.head: Any = build_head(config)  # for its shape alone
         states = [first_state(config, trial.seed) for trial, config in zip(trials, configs, strict=True)]
@@ -103,6 +107,7 @@ class HeadStack:
             self.weights = torch.stack([self.class_weights if s.balance_classes else plain for s in settings])
         self.attention_dropout = torch.tensor([config.attention_dropout for config in self.configs], device=device)
         self.projection_dropout = torch.tensor([config.projection_dropout for config in self.configs], device=device)
+        self.layer_dropout = torch.tensor([config.layer_dropout for config in self.configs], device=device)
         groups, self.slices = [], []
         for position, setting in enumerate(settings):
             # Slices share their memory with the stack, so a step of the optimizer is a step of the stack.
@@ -140,15 +145,25 @@ class HeadStack:
 
     def logits(self, inputs: StackInputs) -> Tensor:
         """`(K, B, C)`."""
-        return self.head.run_stack(self.parameters, self.buffers, inputs)
+        return scaled_logits(self.head.run_stack(self.parameters, self.buffers, inputs), self.loss)
 
     def train_step(
-        self, inputs: StackInputs, labels: Tensor, learning_rates: Sequence[float], max_gradient_norm: float
+        self,
+        inputs: StackInputs,
+        labels: Tensor,
+        learning_rates: Sequence[float],
+        max_gradient_norm: float,
+        mixture: Mixture | None = None,
     ) -> Tensor:
-        """One step of every head; returns their losses `(K,)`."""
+        """One step of every head; returns their losses `(K,)`. `mixture` is that of the inputs' tokens."""
         for parameter in self.parameters.values():
             parameter.grad = None
-        losses = stacked_loss(self.problem_type, self.logits(inputs), labels, self.weights)
+        logits = self.logits(inputs)
+
+        def losses_of(labels: Tensor) -> Tensor:
+            return stacked_loss(self.problem_type, logits, labels, self.weights, self.loss)
+
+        losses = losses_of(labels) if mixture is None else mixture.loss(losses_of, labels)
         losses.sum().backward()
         if len(inputs.tokens) > 1:  # as `GlobalBatchNorm1d`, which has no statistics of one row
             for counter in [name for name in self.buffers if name.endswith("num_batches_tracked")]:
@@ -170,15 +185,24 @@ class HeadStack:
     def inputs(self, tokens: Tensor, scales: Tensor | None, draws: Draws) -> StackInputs:
         """One training batch, with the dropout of each head: heads of one seed and rate drop the same."""
         inputs = StackInputs(tokens, training=True, scales=scales)
-        if self.configs[0].head_type != "attentive":
-            return inputs
         rows, num_tokens, width = tokens.shape
+        token_keep = None
+        if (self.layer_dropout > 0).any():
+            uniform = draws.uniform("layers", (rows, max(self.layers) + 1))
+            keep = _keep(uniform, self.layer_dropout[:, None, None])  # (K, B, layers)
+            token_keep = keep[..., self.layers].to(self.dtype)  # (K, B, N)
+        if self.configs[0].head_type not in ATTENDING_HEADS:
+            return replace(inputs, token_keep=token_keep)
         queries, heads = self.head.num_queries, self.head.num_heads
         if (self.attention_dropout > 0).any():
             uniform = draws.uniform("attention", (rows, num_tokens, queries * heads))
             keep = _keep(uniform[:, :, None], self.attention_dropout[:, None])  # (B, N, K, Q * H)
             inputs = replace(inputs, attention_keep=keep.flatten(2).to(self.dtype))
-        if (self.projection_dropout > 0).any():
+        if token_keep is not None:
+            of_probes = token_keep.permute(1, 2, 0).repeat_interleave(queries * heads, dim=2)  # (B, N, K * Q * H)
+            kept = inputs.attention_keep
+            inputs = replace(inputs, attention_keep=of_probes if kept is None else kept * of_probes)
+        if self.configs[0].head_type == "attentive" and (self.projection_dropout > 0).any():
             uniform = draws.uniform("projection", (rows, queries, width))
             keep = _keep(uniform, self.projection_dropout[:, None, None, None])  # (K, B, Q, D)
             inputs = replace(inputs, projection_keep=keep.to(self.dtype))
@@ -239,9 +263,12 @@ class Draws:
         self.seed, self.step, self.device = seed, step, device
         self._uniform: dict[tuple, Tensor] = {}
 
+    def _sequence(self, purpose: str) -> SeedSequence:
+        return SeedSequence([self.seed, self.step, *purpose.encode()])
+
     def generator(self, purpose: str) -> torch.Generator:
         """A generator of its own for each purpose."""
-        words = SeedSequence([self.seed, self.step, *purpose.encode()]).generate_state(2)
+        words = self._sequence(purpose).generate_state(2)
         return torch.Generator(self.device).manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
     def uniform(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
@@ -250,3 +277,8 @@ class Draws:
         if key not in self._uniform:
             self._uniform[key] = torch.rand(shape, generator=self.generator(purpose), device=self.device)
         return self._uniform[key]
+
+    def mixture(self, alpha: float, num_rows: int) -> Mixture:
+        """How rows are mixed: the same partners for every alpha."""
+        partners = torch.randperm(num_rows, generator=self.generator("partners"), device=self.device)
+        return Mixture(float(default_rng(self._sequence("mixture")).beta(alpha, alpha)), partners)

@@ -1,0 +1,291 @@
+"""The linear head in closed form: weighted least squares with an L2 penalty, exact, for many penalties at once."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..bank import TokenBank, pool_group
+from ..configuration_layer_fusion import LayerFusionConfig
+from ..errors import LayerFusionError
+from ..features import LayerFeatures
+from ..heads import build_head
+from ..heads.stack_inputs import StackInputs
+from ..losses import LOGIT_SCALE
+from .engine import Protocol, Rows
+from .meter import Meter
+from .settings import Setting
+from .stack import Trial
+from .state import TrialRun
+
+# Unknowns of the largest system that is solved: 3 GiB in float64, and minutes on a CPU.
+MAX_SYSTEM = 20_000
+_BATCH_SIZE = 1024
+# Coordinates that hardly vary over the training rows are left out: dividing by their spread would blow noise up.
+_LEAST_SPREAD = 1e-6
+
+
+def solve_ridge(
+    rows: LayerFeatures,
+    config: LayerFusionConfig,
+    penalties: Sequence[float],
+    class_weights: Sequence[float] | None = None,
+    device: torch.device | str = "cpu",
+) -> list[dict[str, Tensor]]:
+    """Linear heads that minimise
+
+        sum_i w_i |y_i - b - W z_i|^2 + penalty * |W|^2,
+
+    with weights w_i of mean one and features z_i: normalised tokens, each coordinate minus its mean and over its standard
+    deviation, and scaled so that all (layer, module, pool) count the same and |z|^2 has mean one. Standardisation is then
+    folded into W and b, so that what comes out is an ordinary linear head. Of classes, y is one-hot, and the outputs are
+    multiplied by `LOGIT_SCALE`, which changes no prediction and lets a softmax say something.
+
+    Squared loss is on a par with cross-entropy or better where it has been compared (arXiv 2006.07322). The solution is
+    that of the normal equations of whichever is fewer, coordinates or rows, by one Cholesky factor per penalty in float64.
+
+    Args:
+        rows: training rows, with labels.
+        config: of the linear head.
+        penalties: each greater than 0.
+        class_weights: `(C,)`, for class indices.
+        device: to compute on.
+
+    Returns:
+        The state dict of a [`LinearHead`] for each penalty, float32, on the CPU.
+
+    Raises:
+        LayerFusionError: if rows and coordinates are both too many, nothing varies, or tokens are normalised otherwise.
+    """
+    if config.token_normalization not in ("l2", "none"):
+        raise LayerFusionError(
+            f"token_normalization={config.token_normalization!r}: a least-squares head standardises by itself, use 'l2' or "
+            "'none'"
+        )
+    rows = rows.select_bank(config.bank)
+    device = torch.device(device)
+    targets, weights = _targets(rows, config, class_weights, device)
+    mean, scale = _standardisation(rows, config, weights, device)
+    centre = (weights[:, None] * targets).sum(dim=0) / weights.sum()
+    root = weights.sqrt()[:, None]
+    wanted = root * (targets - centre)
+    num_rows, num_coordinates = len(rows), int((scale > 0).sum())
+    if not num_coordinates:
+        raise LayerFusionError(
+            "no coordinate of these tokens varies over the training rows: there is nothing to learn"
+        )
+    if min(num_rows, num_coordinates) > MAX_SYSTEM:
+        raise LayerFusionError(
+            f"{num_rows} rows of {num_coordinates} coordinates: a least-squares head solves a system of up to {MAX_SYSTEM} "
+            "rows or coordinates; choose fewer layers or pools, or a recipe that is trained in steps, such as 'alf'"
+        )
+    solve = _solve_by_rows if num_rows <= num_coordinates else _solve_by_coordinates
+    solutions = solve(rows, config, mean, scale, root, wanted, penalties, device)
+    heads = []
+    for solution in solutions:  # (N * D, C), of standardised coordinates
+        weight = (solution * scale.flatten()[:, None]).T
+        bias = centre - weight @ mean.flatten()
+        if config.problem_type != "regression":
+            weight, bias = LOGIT_SCALE * weight, LOGIT_SCALE * bias
+        if config.problem_type == "multi_label_classification":  # where a logit of 0 is undecided
+            bias = bias - LOGIT_SCALE / 2
+        state = {"classifier.weight": weight, "classifier.bias": bias}
+        heads.append({name: value.float().cpu().contiguous() for name, value in state.items()})
+    return heads
+
+
+def solve_trials(
+    trials: Sequence[Trial],
+    configs: Mapping[Setting, LayerFusionConfig],
+    rows: Sequence[Rows],
+    protocol: Protocol,
+) -> tuple[dict[Trial, TrialRun], dict[Trial, dict[str, Tensor]]]:
+    """What became of trials of heads in closed form, and their state dicts: penalties of one bank are solved together.
+
+    Seeds make no difference to these heads.
+
+    Raises:
+        LayerFusionError: see [`solve_ridge`].
+    """
+    runs: dict[Trial, TrialRun] = {}
+    heads: dict[Trial, dict[str, Tensor]] = {}
+    groups: dict[tuple[int, Setting], list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault((trial.fold, replace(trial.setting, ridge_penalty=None)), []).append(trial)
+    for (fold, setting), members in groups.items():
+        config = configs[members[0].setting]
+        penalties = list(dict.fromkeys(float(trial.setting.ridge_penalty or 0) for trial in members))
+        class_weights = rows[fold].class_weights if setting.balance_classes else None
+        with torch.no_grad():
+            states = solve_ridge(rows[fold].train, config, penalties, class_weights, protocol.device)
+            scores = _scores(rows[fold].validation, config, states, protocol)
+        for trial in members:
+            number = penalties.index(float(trial.setting.ridge_penalty or 0))
+            runs[trial] = TrialRun(epochs=[1], scores=[scores[number]], losses=[math.nan], epochs_trained=1)
+            heads[trial] = states[number]
+    return runs, heads
+
+
+def _scores(
+    rows: LayerFeatures | None, config: LayerFusionConfig, states: Sequence[dict[str, Tensor]], protocol: Protocol
+) -> list[float]:
+    if rows is None:
+        return [math.nan] * len(states)
+    head: Any = build_head(config)
+    parameters = {name: torch.stack([state[name] for state in states]).to(protocol.device) for name in states[0]}
+    meter = Meter(protocol.metric, config, len(states))
+    rows = rows.select_bank(config.bank)
+    labels = torch.as_tensor(rows.labels).to(protocol.device)
+    for part, tokens in _batches(rows, config, protocol.device):
+        meter.add(head.run_stack(parameters, {}, StackInputs(tokens, training=False)), labels[part])
+    return meter.scores()
+
+
+def _targets(
+    rows: LayerFeatures, config: LayerFusionConfig, class_weights: Sequence[float] | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """y `(n, C)` and w `(n,)`, float64."""
+    labels = torch.as_tensor(rows.labels).to(device)
+    if config.problem_type != "single_label_classification":
+        return labels.double().view(len(rows), -1), torch.ones(len(rows), dtype=torch.float64, device=device)
+    weights = torch.ones(config.num_labels, dtype=torch.float64, device=device)
+    if class_weights is not None:
+        weights = torch.as_tensor(class_weights, dtype=torch.float64, device=device)
+    of_rows = weights[labels]
+    return F.one_hot(labels, config.num_labels).double(), of_rows / of_rows.mean()
+
+
+def _batches(rows: LayerFeatures, config: LayerFusionConfig, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """Normalised tokens `(b, N, D)`, float32, and which rows they are."""
+    start = 0
+    for batch in rows.batches(_BATCH_SIZE, device=device):
+        tokens = batch["layer_features"].float()
+        if config.token_normalization == "l2":
+            tokens = F.normalize(tokens, dim=-1)
+        yield slice(start, start + len(tokens)), tokens
+        start += len(tokens)
+
+
+def _standardisation(
+    rows: LayerFeatures, config: LayerFusionConfig, weights: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Mean and scale of every coordinate, `(N, D)` float64; the scale of one that does not vary is 0."""
+    total = squares = torch.zeros((), dtype=torch.float64, device=device)
+    for part, tokens in _batches(rows, config, device):
+        share = (weights[part] / weights.sum())[:, None, None]
+        total = total + (share * tokens).sum(dim=0)
+        squares = squares + (share * tokens.double().square()).sum(dim=0)
+    spread = (squares - total.square()).clamp(min=0).sqrt()
+    varies = spread > _LEAST_SPREAD
+    scale = torch.where(varies, 1 / spread.clamp(min=_LEAST_SPREAD), 0.0)
+    groups = _token_groups(config.bank)
+    for positions in groups:
+        scale[positions] /= (varies[positions].sum().clamp(min=1) * len(groups)).sqrt()
+    return total, scale
+
+
+def _token_groups(bank: TokenBank) -> list[list[int]]:
+    """Tokens of one layer, module and way of pooling: all cells of a grid, or all patches, together."""
+    groups: dict[tuple, list[int]] = {}
+    for position, coordinate in enumerate(bank.coordinates):
+        groups.setdefault((coordinate.layer, coordinate.module, pool_group(coordinate.pool)), []).append(position)
+    return list(groups.values())
+
+
+def _solve_by_rows(
+    rows: LayerFeatures,
+    config: LayerFusionConfig,
+    mean: Tensor,
+    scale: Tensor,
+    root: Tensor,
+    wanted: Tensor,
+    penalties: Sequence[float],
+    device: torch.device,
+) -> list[Tensor]:
+    """With a matrix of rows by rows: W = Z' a, (Z Z' + penalty) a = y. Holds the features of one layer at a time."""
+    parts = _parts(config.bank)
+    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
+    for positions in parts:
+        features = _features(rows, config, positions, mean, scale, root, device)
+        gram += features @ features.T
+    duals = torch.cat([_solved(gram, wanted, penalty) for penalty in penalties], dim=1).float()  # (n, P * C)
+    solution = torch.empty(*mean.shape, duals.shape[1], dtype=torch.float64, device=device)
+    for positions in parts:
+        features = _features(rows, config, positions, mean, scale, root, device)
+        solution[positions] = (features.T @ duals).double().view(len(positions), mean.shape[1], -1)
+    return list(solution.flatten(0, 1).split(wanted.shape[1], dim=1))
+
+
+def _parts(bank: TokenBank) -> list[list[int]]:
+    """Positions of the tokens of each layer."""
+    order = sorted(range(len(bank)), key=lambda position: bank.coordinates[position].layer)
+    grouped = itertools.groupby(order, key=lambda position: bank.coordinates[position].layer)
+    return [list(positions) for _, positions in grouped]
+
+
+def _features(
+    rows: LayerFeatures,
+    config: LayerFusionConfig,
+    positions: Sequence[int],
+    mean: Tensor,
+    scale: Tensor,
+    root: Tensor,
+    device: torch.device,
+) -> Tensor:
+    """Weighted standardised coordinates of some tokens, `(n, T * D)` float32."""
+    bank = TokenBank(tuple(config.bank.coordinates[position] for position in positions))
+    features = torch.empty(len(rows), len(positions) * mean.shape[1], device=device)
+    shift, factor = mean[positions].float(), scale[positions].float()
+    for part, tokens in _batches(rows.select_bank(bank), config, device):
+        features[part] = ((tokens - shift) * factor).flatten(1) * root[part].float()
+    return features
+
+
+def _solve_by_coordinates(
+    rows: LayerFeatures,
+    config: LayerFusionConfig,
+    mean: Tensor,
+    scale: Tensor,
+    root: Tensor,
+    wanted: Tensor,
+    penalties: Sequence[float],
+    device: torch.device,
+) -> list[Tensor]:
+    """With a matrix of coordinates by coordinates: (Z' Z + penalty) W = Z' y. Holds one batch of features at a time."""
+    kept = scale.flatten() > 0
+    count = int(kept.sum())
+    gram = torch.zeros(count, count, dtype=torch.float64, device=device)
+    product = torch.zeros(count, wanted.shape[1], dtype=torch.float64, device=device)
+    shift, factor = mean.float(), scale.float()
+    for part, tokens in _batches(rows, config, device):
+        features = (((tokens - shift) * factor).flatten(1) * root[part].float())[:, kept]
+        gram += features.T @ features
+        product += features.T.double() @ wanted[part]
+    solutions = []
+    for penalty in penalties:
+        solution = torch.zeros(len(kept), wanted.shape[1], dtype=torch.float64, device=device)
+        solution[kept] = _solved(gram, product, penalty)
+        solutions.append(solution)
+    return solutions
+
+
+def _solved(gram: Tensor, wanted: Tensor, penalty: float) -> Tensor:
+    """`(gram + penalty)^-1 wanted`."""
+    system = gram.clone()
+    system.diagonal().add_(penalty)
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if failed:
+        raise LayerFusionError(
+            f"ridge_penalty={penalty:g} is too small for these features: rounding makes the system singular"
+        )
+    return torch.cholesky_solve(wanted, factor)
+
+
+__all__ = ["MAX_SYSTEM", "solve_ridge", "solve_trials"]
