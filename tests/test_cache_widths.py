@@ -7,9 +7,16 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from hf_layerfusion import LayerFeatures, ViTForAttentiveLayerFusionClassification, extract_features, sweep
+from hf_layerfusion import (
+    LayerFeatures,
+    LayerFusionConfig,
+    ViTForAttentiveLayerFusionClassification,
+    extract_features,
+    sweep,
+)
 from hf_layerfusion.configuration_layer_fusion import recipe_bank
 from hf_layerfusion.features import token_statistics
+from hf_layerfusion.losses import LOGIT_SCALE
 from hf_layerfusion.training import build_trainer
 
 NARROW, WIDE, ROWS = 16, 32, 40
@@ -98,6 +105,19 @@ def test_sweeps_choose_alike_from_both(caches):
     assert results[0].scores() == results[1].scores()
     for name, value in results[0].head_state().items():
         torch.testing.assert_close(value, results[1].head_state()[name], rtol=0, atol=1e-5)
+
+
+def test_least_squares_over_layers_of_several_widths(model, images, tmp_path):
+    """Layer 0 has narrow tokens alone; more coordinates than rows can be fitted nearly exactly."""
+    options = {"layers": [0, 2], "modules": ["block", "activation"], "pools": ["mean"]}
+    layout = model.config.token_layout
+    config = LayerFusionConfig(recipe="ridge-all", token_layout=layout, num_labels=2, **options)
+    assert config.bank.widths(config.layout) == [NARROW, NARROW, WIDE]
+    features = extract_features(model, images, tmp_path, bank=config.bank, dtype="float32", progress=False)
+    grid = {"ridge_penalty": 1e-4}
+    head = sweep(features, recipe="ridge-all", grid=grid, progress=False, **options).build_model()
+    logits = head(**features.tensors()).logits / LOGIT_SCALE
+    torch.testing.assert_close(logits, torch.eye(2)[features.labels], rtol=0, atol=0.05)
 
 
 def test_opened_again(caches):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from ..features import LayerFeatures
 from ..heads import build_head
 from ..heads.stack_inputs import StackInputs
 from ..losses import LOGIT_SCALE
+from ..pooling import pad_width
 from .engine import Protocol, Rows
 from .meter import Meter
 from .settings import Setting
@@ -86,10 +86,10 @@ def solve_ridge(
             f"{num_rows} rows of {num_coordinates} coordinates: a least-squares head solves a system of up to {MAX_SYSTEM} "
             "rows or coordinates; choose fewer layers or pools, or a recipe that is trained in steps, such as 'alf'"
         )
-    solve = _solve_by_rows if num_rows <= num_coordinates else _solve_by_coordinates
-    solutions = solve(rows, config, mean, scale, root, wanted, penalties, device)
+    problem = _Problem(rows, config, mean, scale, root, wanted, device)
+    solve = problem.solve_by_rows if num_rows <= num_coordinates else problem.solve_by_coordinates
     heads = []
-    for solution in solutions:  # (N * D, C), of standardised coordinates
+    for solution in solve(penalties):  # (N * D, C), of standardised coordinates
         weight = (solution * scale.flatten()[:, None]).T
         bias = centre - weight @ mean.flatten()
         if config.problem_type != "regression":
@@ -199,81 +199,78 @@ def _token_groups(bank: TokenBank) -> list[list[int]]:
     return list(groups.values())
 
 
-def _solve_by_rows(
-    rows: LayerFeatures,
-    config: LayerFusionConfig,
-    mean: Tensor,
-    scale: Tensor,
-    root: Tensor,
-    wanted: Tensor,
-    penalties: Sequence[float],
-    device: torch.device,
-) -> list[Tensor]:
-    """With a matrix of rows by rows: W = Z' a, (Z Z' + penalty) a = y. Holds the features of one layer at a time."""
-    parts = _parts(config.bank)
-    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
-    for positions in parts:
-        features = _features(rows, config, positions, mean, scale, root, device)
-        gram += features @ features.T
-    duals = torch.cat([_solved(gram, wanted, penalty) for penalty in penalties], dim=1).float()  # (n, P * C)
-    solution = torch.empty(*mean.shape, duals.shape[1], dtype=torch.float64, device=device)
-    for positions in parts:
-        features = _features(rows, config, positions, mean, scale, root, device)
-        solution[positions] = (features.T @ duals).double().view(len(positions), mean.shape[1], -1)
-    return list(solution.flatten(0, 1).split(wanted.shape[1], dim=1))
+@dataclass
+class _Problem:
+    """What is solved for every penalty.
 
+    Attributes:
+        rows: training rows, with the head's tokens.
+        config: of the head.
+        mean: of every coordinate, `(N, D)` float64.
+        scale: likewise, 0 where nothing varies.
+        root: square roots of the rows' weights, `(n, 1)` float64.
+        wanted: centred targets times those, `(n, C)` float64.
+        device: to compute on.
+    """
 
-def _parts(bank: TokenBank) -> list[list[int]]:
-    """Positions of the tokens of each layer."""
-    order = sorted(range(len(bank)), key=lambda position: bank.coordinates[position].layer)
-    grouped = itertools.groupby(order, key=lambda position: bank.coordinates[position].layer)
-    return [list(positions) for _, positions in grouped]
+    rows: LayerFeatures
+    config: LayerFusionConfig
+    mean: Tensor
+    scale: Tensor
+    root: Tensor
+    wanted: Tensor
+    device: torch.device
 
+    def solve_by_rows(self, penalties: Sequence[float]) -> list[Tensor]:
+        """With a matrix of rows by rows: W = Z' a, (Z Z' + penalty) a = y. Holds the features of one layer at a time."""
+        parts = self._layers()
+        gram = torch.zeros(len(self.rows), len(self.rows), dtype=torch.float64, device=self.device)
+        for positions in parts:
+            features = self._features(positions)
+            gram += features @ features.T
+        duals = torch.cat([_solved(gram, self.wanted, penalty) for penalty in penalties], dim=1).float()  # (n, P * C)
+        solution = torch.empty(*self.mean.shape, duals.shape[1], dtype=torch.float64, device=self.device)
+        for positions in parts:
+            product = self._features(positions).T @ duals
+            solution[positions] = product.double().view(len(positions), self.mean.shape[1], -1)
+        return list(solution.flatten(0, 1).split(self.wanted.shape[1], dim=1))
 
-def _features(
-    rows: LayerFeatures,
-    config: LayerFusionConfig,
-    positions: Sequence[int],
-    mean: Tensor,
-    scale: Tensor,
-    root: Tensor,
-    device: torch.device,
-) -> Tensor:
-    """Weighted standardised coordinates of some tokens, `(n, T * D)` float32."""
-    bank = TokenBank(tuple(config.bank.coordinates[position] for position in positions))
-    features = torch.empty(len(rows), len(positions) * mean.shape[1], device=device)
-    shift, factor = mean[positions].float(), scale[positions].float()
-    for part, tokens in _batches(rows.select_bank(bank), config, device):
-        features[part] = ((tokens - shift) * factor).flatten(1) * root[part].float()
-    return features
+    def solve_by_coordinates(self, penalties: Sequence[float]) -> list[Tensor]:
+        """With a matrix of coordinates by coordinates: (Z' Z + penalty) W = Z' y. Holds one batch of features at a time."""
+        kept = self.scale.flatten() > 0
+        count = int(kept.sum())
+        gram = torch.zeros(count, count, dtype=torch.float64, device=self.device)
+        product = torch.zeros(count, self.wanted.shape[1], dtype=torch.float64, device=self.device)
+        for part, tokens in _batches(self.rows, self.config, self.device):
+            features = self._standardised(tokens, part, slice(None))[:, kept]
+            gram += features.T @ features
+            product += features.T.double() @ self.wanted[part]
+        solutions = []
+        for penalty in penalties:
+            solution = torch.zeros(len(kept), self.wanted.shape[1], dtype=torch.float64, device=self.device)
+            solution[kept] = _solved(gram, product, penalty)
+            solutions.append(solution)
+        return solutions
 
+    def _layers(self) -> list[list[int]]:
+        """Positions of the tokens of each layer."""
+        layers: dict[int, list[int]] = {}
+        for position, coordinate in enumerate(self.config.bank.coordinates):
+            layers.setdefault(coordinate.layer, []).append(position)
+        return list(layers.values())
 
-def _solve_by_coordinates(
-    rows: LayerFeatures,
-    config: LayerFusionConfig,
-    mean: Tensor,
-    scale: Tensor,
-    root: Tensor,
-    wanted: Tensor,
-    penalties: Sequence[float],
-    device: torch.device,
-) -> list[Tensor]:
-    """With a matrix of coordinates by coordinates: (Z' Z + penalty) W = Z' y. Holds one batch of features at a time."""
-    kept = scale.flatten() > 0
-    count = int(kept.sum())
-    gram = torch.zeros(count, count, dtype=torch.float64, device=device)
-    product = torch.zeros(count, wanted.shape[1], dtype=torch.float64, device=device)
-    shift, factor = mean.float(), scale.float()
-    for part, tokens in _batches(rows, config, device):
-        features = (((tokens - shift) * factor).flatten(1) * root[part].float())[:, kept]
-        gram += features.T @ features
-        product += features.T.double() @ wanted[part]
-    solutions = []
-    for penalty in penalties:
-        solution = torch.zeros(len(kept), wanted.shape[1], dtype=torch.float64, device=device)
-        solution[kept] = _solved(gram, product, penalty)
-        solutions.append(solution)
-    return solutions
+    def _features(self, positions: list[int]) -> Tensor:
+        """Weighted standardised coordinates of some tokens, `(n, T * D)` float32."""
+        bank = TokenBank(tuple(self.config.bank.coordinates[position] for position in positions))
+        features = torch.empty(len(self.rows), len(positions) * self.mean.shape[1], device=self.device)
+        for part, tokens in _batches(self.rows.select_bank(bank), self.config, self.device):
+            # A selection is as wide as its widest token.
+            features[part] = self._standardised(pad_width(tokens, self.mean.shape[1]), part, positions)
+        return features
+
+    def _standardised(self, tokens: Tensor, part: slice, positions: list[int] | slice) -> Tensor:
+        shift, factor = self.mean[positions].float(), self.scale[positions].float()
+        return ((tokens - shift) * factor).flatten(1) * self.root[part].float()
 
 
 def _solved(gram: Tensor, wanted: Tensor, penalty: float) -> Tensor:
