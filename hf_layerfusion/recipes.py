@@ -12,8 +12,6 @@ from .bank import MAX_GRID, LayerSpec
 from .errors import LayerFusionError
 from .layout import BLOCK_MODULES, TokenLayout
 
-# How a head is fitted: in steps by AdamW, or in closed form (`solve_ridge`).
-SOLVERS = ("steps", "ridge")
 # What a recipe is trained by: `sweep` or `build_trainer`, scikit-learn, or `Trainer` on images with the backbone. A
 # choice stands for several recipes, among which `sweep` chooses.
 KINDS = ("head", "estimator", "fine_tune", "choice")
@@ -34,7 +32,7 @@ class Recipe:
             validation rows.
         estimator: which one.
         candidates: names of recipes, of a choice.
-        solver: of a head, `"steps"` or `"ridge"`, the closed form of a linear head under squared loss.
+        solver: of a head, `"steps"` by AdamW, or `"ridge"`, the closed form of a linear head (`solve_ridge`).
     """
 
     description: str
@@ -232,6 +230,14 @@ def find_recipe(name: str) -> Recipe:
     return probe if family == "module-probe" else replace(probe, kind="estimator", estimator="logistic")
 
 
+def number_advice(family: str) -> str | None:
+    """What to write instead of a `*` in a family whose number no backbone limits; `None` for the others."""
+    for ending, things in (("-heads", "heads"), ("-grid", "cells a side")):
+        if family.endswith(ending):
+            return f"name the numbers of {things}, such as {family}:4"
+    return None
+
+
 def expand_recipes(names: Sequence[str], layout: TokenLayout) -> list[str]:
     """The names with every `*` replaced by all layers (1 to L) and all modules that a backbone has, each name once.
 
@@ -245,9 +251,8 @@ def expand_recipes(names: Sequence[str], layout: TokenLayout) -> list[str]:
             find_recipe(name)
             expanded.append(name)
             continue
-        if family.endswith(("-heads", "-grid")):
-            things = "heads" if family.endswith("-heads") else "cells a side"
-            raise LayerFusionError(f"recipe {name!r}: name the numbers of {things}, such as {family}:4")
+        if advice := number_advice(family):
+            raise LayerFusionError(f"recipe {name!r}: {advice}")
         layers = [str(layer) for layer in range(1, layout.num_layers + 1)]
         modules = [module for module in BLOCK_MODULES if module in layout.modules]
         choices = [

@@ -75,7 +75,7 @@ def test_solution_is_that_of_scikit_learn(tmp_path, rows, penalty, normalization
 
 
 def test_cells_of_a_grid_count_as_one_token():
-    assert ridge._token_groups(TokenBank.from_list(GRID_BANK)) == [[0], [1, 2], [3], [4, 5]]
+    assert list(TokenBank.from_list(GRID_BANK).groups.values()) == [[0], [1, 2], [3], [4, 5]]
 
 
 def test_coordinates_that_do_not_vary_are_left_out(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LayerFusionError
-from ..recipes import find_recipe
+from ..recipes import find_recipe, number_advice
 from .protocol import Protocol
 
 # Names become parts of file names, in which `--` parts them.
@@ -171,9 +171,8 @@ def _check_recipe(recipe: Any) -> None:
         )
     except LayerFusionError as error:
         raise LayerFusionError(f"recipes: {error}") from error
-    if "*" in places and family.endswith(("-heads", "-grid")):
-        things = "heads" if family.endswith("-heads") else "cells a side"
-        raise LayerFusionError(f"recipes: {recipe!r}: name the numbers of {things}, such as {family}:4")
+    if "*" in places and (advice := number_advice(family)):
+        raise LayerFusionError(f"recipes: {recipe!r}: {advice}")
 
 
 def _entries(name: str, values: Any, kind: Callable[..., Any]) -> tuple[Any, ...]:

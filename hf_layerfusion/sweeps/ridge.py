@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..bank import TokenBank, pool_group
+from ..bank import TokenBank
 from ..configuration_layer_fusion import LayerFusionConfig
 from ..errors import LayerFusionError
 from ..features import LayerFeatures
@@ -185,18 +185,10 @@ def _standardisation(
     spread = (squares - total.square()).clamp(min=0).sqrt()
     varies = spread > _LEAST_SPREAD
     scale = torch.where(varies, 1 / spread.clamp(min=_LEAST_SPREAD), 0.0)
-    groups = _token_groups(config.bank)
+    groups = config.bank.groups.values()  # all cells of a grid together
     for positions in groups:
         scale[positions] /= (varies[positions].sum().clamp(min=1) * len(groups)).sqrt()
     return total, scale
-
-
-def _token_groups(bank: TokenBank) -> list[list[int]]:
-    """Tokens of one layer, module and way of pooling: all cells of a grid, or all patches, together."""
-    groups: dict[tuple, list[int]] = {}
-    for position, coordinate in enumerate(bank.coordinates):
-        groups.setdefault((coordinate.layer, coordinate.module, pool_group(coordinate.pool)), []).append(position)
-    return list(groups.values())
 
 
 @dataclass
