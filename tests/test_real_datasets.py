@@ -366,6 +366,12 @@ PACKAGES = {
         [("wood", "textures/tex_a/wood1.png", (256, 256))] * 2 + [("grass", "textures/tex_b/grass2.jpg", (256, 256))] * 2,
         {"unreadable": 1},
     ),
+    "textures": (
+        write_deb,
+        texture_files,
+        [(f"texture {number - number % 2:04}", str(number), (256, 256)) for number in range(4)],
+        {"unreadable": 1},
+    ),
     "clip-art": (
         write_deb,
         clip_art_files,
