@@ -195,8 +195,8 @@ class TokenBank:
         """All combinations that exist in a backbone: not every layer has every module, or a CLS token.
 
         Args:
-            pools: `"cls"`, `"mean"`, `"tokens"` for CLS and every patch, and `"grid:k"` for the means over k x k cells; with
-                `@` and layers behind it, such as `"grid:4@spaced:4"`, at those layers only.
+            pools: `"cls"`, the patches' `"mean"` and `"max"`, `"tokens"` for CLS and every patch, and `"grid:k"` for the means
+                over k x k cells; with `@` and layers behind it, such as `"grid:4@spaced:4"`, at those layers only.
             image_size: height and width in pixels, which decide the number of patches; `None` for the native size.
 
         Raises:

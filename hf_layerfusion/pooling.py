@@ -12,7 +12,7 @@ from .errors import LayerFusionError
 from .layout import TokenLayout
 
 # `"tokens"` stands for CLS and every patch, each of which is then a pool of its own, such as `"patch 17"`.
-POOLS = ("cls", "mean", "tokens")
+POOLS = ("cls", "mean", "max", "tokens")
 # And what stands for a family of pools, in messages and help.
 GRID_POOLS = f"'grid:k' for the means over a k x k grid of cells, k from 1 to {MAX_GRID}"
 
@@ -30,10 +30,10 @@ def pool_activation(
 
     Args:
         activation: of `tap`, in the shape that `layout` gives for it.
-        pools: `"cls"` takes the CLS token, `"mean"` averages the patch tokens, special tokens left out, `"patch 0"`,
-            `"patch 1"`, ... take single patches, all of which must be there, `"grid:k cell 0"`, ... average the patches
-            of a cell of a k x k grid over the image; row i of k is the patches' rows floor(i h / k) to
-            ceil((i + 1) h / k) of h, as in `torch.nn.AdaptiveAvgPool2d`.
+        pools: `"cls"` takes the CLS token, `"mean"` averages the patch tokens, special tokens left out, `"max"` takes the
+            largest value of each of their coordinates, `"patch 0"`, `"patch 1"`, ... take single patches, all of which must
+            be there, `"grid:k cell 0"`, ... average the patches of a cell of a k x k grid over the image; row i of k is the
+            patches' rows floor(i h / k) to ceil((i + 1) h / k) of h, as in `torch.nn.AdaptiveAvgPool2d`.
         batch_size: B; the activation of some backbones has another first axis.
         patch_mask: `(B, T)`, which patches are there, where images of several sizes are padded to one number of them.
         image_size: height and width of the images in pixels, which cells need; `None` for the native size.
@@ -65,6 +65,8 @@ def pool_activation(
             pooled.append(special[:, layout.cls_token])
         elif pool == "mean":
             pooled.append(patches.mean(dim=1) if patch_mask is None else _masked_mean(patches, patch_mask))
+        elif pool == "max":
+            pooled.append(patches.amax(dim=1) if patch_mask is None else _masked_max(patches, patch_mask))
         elif is_patch(pool):
             pooled.append(patches[:, patch_number(pool)])
         elif is_cell(pool):
@@ -148,13 +150,24 @@ def _cell_means(
 
 
 def _masked_mean(patches: Tensor, mask: Tensor) -> Tensor:
+    weights = _patch_weights(patches, mask)
+    # `where` and not a product: what stands in padded places may be NaN.
+    return torch.where(weights > 0, patches, 0).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
+def _masked_max(patches: Tensor, mask: Tensor) -> Tensor:
+    weights = _patch_weights(patches, mask)
+    largest = torch.where(weights > 0, patches, -torch.inf).amax(dim=1)
+    return torch.where(weights.any(dim=1), largest, 0)  # as the mean of no patch
+
+
+def _patch_weights(patches: Tensor, mask: Tensor) -> Tensor:
+    """`(B, T, 1)`, 1 for patches that are there."""
     if mask.shape != patches.shape[:2]:
         raise LayerFusionError(
             f"the patch mask has shape {tuple(mask.shape)}, but there are {tuple(patches.shape[:2])} patches"
         )
-    weights = mask.to(device=patches.device, dtype=patches.dtype).unsqueeze(-1)  # (B, T, 1)
-    # `where` and not a product: what stands in padded places may be NaN.
-    return torch.where(weights > 0, patches, 0).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+    return mask.to(device=patches.device, dtype=patches.dtype).unsqueeze(-1)
 
 
 def pad_width(tokens: Tensor, width: int) -> Tensor:

@@ -461,7 +461,7 @@ TRAINING = [
     (["--layers=-4"], "layer -4 is out of range"),
     (["--layers", "deep"], "layers='deep' is not understood"),
     (["--modules", "mlp"], "modules 'mlp' is unknown: choose from"),
-    (["--pools", "max"], "pools 'max' is unknown: choose from"),
+    (["--pools", "min"], "pools 'min' is unknown: choose from"),
     (["--image_column", "photo"], r"image_column='photo' is not in the dataset: its columns are \['image', 'label'\]"),
     (["--label_column", "kind"], r"label_column='kind' is not in the dataset: its columns are \['image', 'label'\]"),
     (["--label_column", "image"], "label column 'image' holds Image"),
@@ -673,7 +673,7 @@ def test_process_that_fails(tmp_path):
 
 
 @pytest.mark.slow
-def test_digits_on_a_real_backbone(cli, backbone_folder, tmp_path):
+def test_digits_on_a_real_backbone(cli, small_backbone_folder, tmp_path):
     data = load_digits()
     for split, rows in (("train", range(100)), ("test", range(100, 140))):
         for row in rows:
@@ -683,7 +683,7 @@ def test_digits_on_a_real_backbone(cli, backbone_folder, tmp_path):
     head = tmp_path / "head"
     shared = ["--dataset", tmp_path / "digits", "--device", "cpu"]
     printed = cli(
-        *("train", "--backbone", backbone_folder, *shared, "--image_size", 56, "--output_dir", head),
+        *("train", "--backbone", small_backbone_folder, *shared, "--image_size", 56, "--output_dir", head),
         *("--num_train_epochs", 20),
     )
     assert f"head saved to {head}" in printed

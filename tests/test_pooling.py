@@ -85,8 +85,10 @@ def test_special_tokens_are_counted_by_layer():
     layout = layout_of(widths=(WIDTH, WIDTH, WIDTH), num_prefix_tokens=(0, 0, 1), cls_token=0)
     tokens = torch.randn(2, 5, WIDTH)
     torch.testing.assert_close(pool_activation(tokens, layout, (1, "block"), ["mean"], 2)[:, 0], tokens.mean(dim=1))
-    last = pool_activation(tokens, layout, (2, "block"), ["cls", "mean"], 2)
-    torch.testing.assert_close(last, torch.stack([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1))
+    last = pool_activation(tokens, layout, (2, "block"), ["cls", "mean", "max"], 2)
+    torch.testing.assert_close(
+        last, torch.stack([tokens[:, 0], tokens[:, 1:].mean(dim=1), tokens[:, 1:].amax(dim=1)], dim=1)
+    )
     with pytest.raises(LayerFusionError, match="layer 1 of this backbone has no CLS token: use pools="):
         pool_activation(tokens, layout, (1, "block"), ["cls"], 2)
 
@@ -123,8 +125,8 @@ def test_no_cls_no_pooling_of_it(kind):
 
 
 def test_unknown_pool():
-    with pytest.raises(LayerFusionError, match=re.escape("pool 'max' is unknown: use one of cls, mean, tokens")):
-        pool_activation(torch.randn(2, 17, WIDTH), special_layout("vit"), BLOCK, ["max"], 2)
+    with pytest.raises(LayerFusionError, match=re.escape("pool 'min' is unknown: use one of cls, mean, max, tokens")):
+        pool_activation(torch.randn(2, 17, WIDTH), special_layout("vit"), BLOCK, ["min"], 2)
 
 
 # ---- other shapes ------------------------------------------------------------------------------------------------
@@ -132,10 +134,9 @@ def test_unknown_pool():
 
 def test_maps_pool_alike_in_both_orders():
     maps = torch.randn(2, 6, 4, 5)
-    first = pool_activation(maps, layout_of("channels_first", (0, 6)), BLOCK, ["mean"], 2)
-    last = pool_activation(maps.permute(0, 2, 3, 1), layout_of("channels_last", (0, 6)), BLOCK, ["mean"], 2)
-    assert first.shape == (2, 1, 6)
-    torch.testing.assert_close(first[:, 0], maps.mean(dim=(2, 3)))
+    first = pool_activation(maps, layout_of("channels_first", (0, 6)), BLOCK, ["mean", "max"], 2)
+    last = pool_activation(maps.permute(0, 2, 3, 1), layout_of("channels_last", (0, 6)), BLOCK, ["mean", "max"], 2)
+    torch.testing.assert_close(first, torch.stack([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1))
     torch.testing.assert_close(last, first)
 
 
@@ -214,8 +215,10 @@ def test_padded_patches_are_left_out():
     mask = torch.ones(2, NUM_PATCHES, dtype=torch.int32)
     mask[0, 10:] = 0
     tokens[0, 10:] = torch.nan
-    pooled = pool_activation(tokens, layout_of(), BLOCK, ["mean"], 2, mask)[:, 0]
-    torch.testing.assert_close(pooled, torch.stack([tokens[0, :10].mean(dim=0), tokens[1].mean(dim=0)]))
+    tokens[:, :10] -= 5  # so that no largest value is the 0 of a masked product
+    mean, largest = pool_activation(tokens, layout_of(), BLOCK, ["mean", "max"], 2, mask).unbind(dim=1)
+    torch.testing.assert_close(mean, torch.stack([tokens[0, :10].mean(dim=0), tokens[1].mean(dim=0)]))
+    assert torch.equal(largest, torch.stack([tokens[0, :10].amax(dim=0), tokens[1].amax(dim=0)]))
 
 
 def test_a_mask_counts_patches_and_not_special_tokens():
@@ -231,16 +234,16 @@ def test_a_full_mask_changes_nothing(dtype):
     tokens = torch.randn(2, NUM_PATCHES, WIDTH)
     mask = torch.ones(2, NUM_PATCHES).to(dtype)
     torch.testing.assert_close(
-        pool_activation(tokens, layout_of(), BLOCK, ["mean"], 2, mask),
-        pool_activation(tokens, layout_of(), BLOCK, ["mean"], 2),
+        pool_activation(tokens, layout_of(), BLOCK, ["mean", "max"], 2, mask),
+        pool_activation(tokens, layout_of(), BLOCK, ["mean", "max"], 2),
     )
 
 
 def test_an_image_without_patches_gives_zeros():
     pooled = pool_activation(
-        torch.randn(2, 4, WIDTH), layout_of(), BLOCK, ["mean"], 2, torch.tensor([[0] * 4, [1] * 4])
+        torch.randn(2, 4, WIDTH), layout_of(), BLOCK, ["mean", "max"], 2, torch.tensor([[0] * 4, [1] * 4])
     )
-    assert torch.equal(pooled[0], torch.zeros(1, WIDTH))
+    assert torch.equal(pooled[0], torch.zeros(2, WIDTH))
 
 
 def test_a_mask_of_another_shape_is_refused():
