@@ -48,6 +48,26 @@ def backbone_folder():
 
 
 @pytest.fixture(scope="session")
+def small_backbone_folder(backbone_folder, tmp_path_factory):
+    """The real backbone, with the positions that it has at 56 pixels.
+
+    Opening a backbone takes a pass at the size it was made for: over 16 patches here, and 1369 there.
+    """
+    from transformers import AutoModel  # after the environment is set
+
+    folder = tmp_path_factory.mktemp("small-backbone")
+    backbone = AutoModel.from_pretrained(backbone_folder)
+    embeddings = backbone.embeddings
+    with torch.no_grad():
+        tokens = torch.zeros(1, 1 + (56 // backbone.config.patch_size) ** 2, backbone.config.hidden_size)
+        embeddings.position_embeddings = torch.nn.Parameter(embeddings.interpolate_pos_encoding(tokens, 56, 56))
+    backbone.config.image_size = 56
+    backbone.save_pretrained(folder)
+    shutil.copy(Path(backbone_folder, "preprocessor_config.json"), folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def hub():
     """The Hub of this test session, a `LocalHub`; `hub.upload_folder(folder, "me/name")` makes a repository."""
     return _HUB

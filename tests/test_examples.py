@@ -119,11 +119,15 @@ def test_train_and_evaluate(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_resumed_run_ends_like_an_uninterrupted_one(inputs, trained, tmp_path):
+def test_resumed_run_ends_like_an_uninterrupted_one(inputs, trained, tmp_path, run_here, caplog):
     # What a kill in the third epoch leaves.
     shutil.copytree(trained / "checkpoint-8", tmp_path / "checkpoint-8")
-    done = run(*options(inputs, tmp_path, features_dir=trained / "features"))
-    assert "Resuming training from checkpoint with epoch 2 and global step 8" in done.stderr
+    logging.add_handler(caplog.handler)
+    try:
+        run_here(*options(inputs, tmp_path, features_dir=trained / "features"))
+    finally:
+        logging.remove_handler(caplog.handler)
+    assert "Resuming training from checkpoint with epoch 2 and global step 8" in caplog.text
     assert measured(tmp_path) == measured(trained)
     assert (tmp_path / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
 

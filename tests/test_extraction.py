@@ -677,20 +677,23 @@ def measure_memory(folder, rows, connection):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(processes, tmp_path):
-    measured = {}
-    for number, rows in enumerate((2_000, 20_000, 20_000)):
+    def measure(name, rows):
         receiver, sender = processes.context.Pipe(duplex=False)
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        assert processes.run(measure_memory, folder, rows, sender) == 0
-        found = receiver.recv()
-        # The lower of two: what is kept shows in both, what allocators do beside other jobs does not.
-        measured[rows] = min(found, measured.get(rows, found), key=lambda values: values[1])
-    (_, small_growth, small), (size, large_growth, large) = measured[2_000], measured[20_000]
-    assert size > 0.2 * small  # tokens that were kept would show
-    assert large < 1.1 * small, measured
-    # Sharper than what was asked: a tenth of the tokens.
-    assert large_growth - small_growth < 0.1 * size, measured
+        (tmp_path / name).mkdir()
+        assert processes.run(measure_memory, tmp_path / name, rows, sender) == 0
+        return receiver.recv()
+
+    def has_grown(size, growth, peak):
+        # Sharper than what was asked: a tenth of the tokens.
+        return peak >= 1.1 * small or growth - small_growth >= 0.1 * size
+
+    _, small_growth, small = measure("small", 2_000)
+    measured = [measure("large", 20_000)]
+    assert measured[0][0] > 0.2 * small  # tokens that were kept would show
+    # What is kept shows in both of two, what allocators do beside other jobs does not.
+    if has_grown(*measured[0]):
+        measured.append(measure("large again", 20_000))
+    assert not has_grown(*measured[-1]), (small_growth, small, measured)
 
 
 # Damage

@@ -336,7 +336,7 @@ def test_adapted_backbones_are_fine_tuned_as_they_are(make_vit, rows):
 
 
 @pytest.mark.slow
-def test_both_learn_on_a_real_backbone(backbone_folder):
+def test_both_learn_on_a_real_backbone(small_backbone_folder):
     """Handwritten digits 0 to 3 at 28 pixels: more than the frozen last CLS token gives a linear probe in 18 steps."""
     data = load_digits()
     order = np.random.default_rng(0).permutation(np.flatnonzero(data.target < 4))
@@ -344,10 +344,10 @@ def test_both_learn_on_a_real_backbone(backbone_folder):
     features = Features({"image": Image(), "label": ClassLabel(4)})
     digits = Dataset.from_dict({"image": images, "label": data.target[order[:160]].tolist()}, features=features)
     train, test = digits.select(range(96)), digits.select(range(96, 160))
-    processor = resize_processor(open_image_processor(backbone_folder, {}), 28)
+    processor = resize_processor(open_image_processor(small_backbone_folder, {}), 28)
     options = {"image_processor": processor, "use_cpu": True, "progress": False, "batch_size": 16, "max_steps": 18}
     for recipe, factor in (("lora", None), ("fine-tune", 1e-4)):
-        model = fine_tune(backbone_folder, train, recipe=recipe, backbone_lr_factor=factor, **options)
+        model = fine_tune(small_backbone_folder, train, recipe=recipe, backbone_lr_factor=factor, **options)
         predictions = predict_images(model, test, progress=False)
         # By chance 0.25.
         assert balanced_accuracy_score(test["label"][:], predictions) > 0.8, recipe

@@ -30,10 +30,10 @@ def digits():
     return take(rows[:TRAIN_ROWS]), take(rows[TRAIN_ROWS : TRAIN_ROWS + TEST_ROWS])
 
 
-def build_model(backbone_folder, **overrides):
+def build_model(backbone_folder, image_size, **overrides):
     set_seed(0)
     model = ViTForAttentiveLayerFusionClassification.from_backbone(backbone_folder, id2label=CLASSES, **overrides)
-    model.image_processor = resize_processor(model.image_processor, 56)
+    model.image_processor = resize_processor(model.image_processor, image_size)
     return model
 
 
@@ -65,8 +65,8 @@ def train(model, train_rows, test_rows, collator, folder, **arguments):
 
 
 @pytest.mark.slow
-def test_trainer_from_pixels_and_from_cache_give_the_same_head(backbone_folder, digits, tmp_path):
-    model = build_model(backbone_folder)
+def test_trainer_from_pixels_and_from_cache_give_the_same_head(small_backbone_folder, digits, tmp_path):
+    model = build_model(small_backbone_folder, 28)
     collator = ImageCollator(model.image_processor)
     from_pixels = train(model, *digits, collator, tmp_path, remove_unused_columns=False)
     # A quarter of the rows would be right by chance.
@@ -75,7 +75,7 @@ def test_trainer_from_pixels_and_from_cache_give_the_same_head(backbone_folder, 
     # Same seed, same batches. A float32 cache holds the very tokens; one in float16 rounds them to 11 bits, which may
     # tip a row on the edge between two classes, but not more than one.
     for dtype, noise, rows in (("float32", 1e-4, 0), ("float16", 5e-2, 1)):
-        model = build_model(backbone_folder)
+        model = build_model(small_backbone_folder, 28)
         cached = [
             extract_features(model, part, tmp_path / dtype / name, dtype=dtype)
             for name, part in zip(("train", "test"), digits, strict=True)
@@ -87,7 +87,7 @@ def test_trainer_from_pixels_and_from_cache_give_the_same_head(backbone_folder, 
 
 
 def test_hooks_read_what_the_real_backbone_returns(backbone_folder):
-    model = build_model(backbone_folder, layers=[0, 1, 6, 12], modules=["block", "final_norm"])
+    model = build_model(backbone_folder, 56, layers=[0, 1, 6, 12], modules=["block", "final_norm"])
     pixel_values = torch.randn(2, 3, 56, 56)
     with torch.no_grad():
         outputs = model.backbone(pixel_values, output_hidden_states=True)

@@ -22,6 +22,7 @@ from hf_layerfusion.layout import TokenLayout
 from hf_layerfusion.recipes import FAMILIES
 from hf_layerfusion.study import ComputeOptions, StudyConfig, StudyResults, run_study
 from hf_layerfusion.study import run as run_module
+from hf_layerfusion.training import fine_tuning
 
 GRID = {"learning_rate": [0.1, 0.01]}
 QUICK = {"base": "fast", "grid": GRID, "min_epochs": 4, "min_steps": 1}
@@ -75,9 +76,10 @@ FINE_TUNED = [name for name, recipe in RECIPES.items() if recipe.kind == "fine_t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("image_size", [28, 56])
-def test_every_recipe_on_real_features(backbone_folder, tmp_path, image_size):
+@pytest.mark.parametrize(("image_size", "epochs"), [(28, 5), (56, 10)], ids=["28", "56"])
+def test_every_recipe_on_real_features(small_backbone_folder, tmp_path, monkeypatch, image_size, epochs):
     """Those that train the backbone on small images; at 56 pixels there are the four cells a side of `ridge-grid`."""
+    monkeypatch.setattr(fine_tuning, "_SAVE_STEPS", 0.5)  # ten states would take longer than the training
     values = {"K": "9", "H": "4", "MODULE": "activation"}
     families = [":".join(values.get(part, part) for part in pattern.split(":")) for pattern in FAMILIES]
     # Of a family of grids, K is cells a side.
@@ -85,10 +87,10 @@ def test_every_recipe_on_real_features(backbone_folder, tmp_path, image_size):
     heads = [name for name in (*RECIPES, *families) if name not in FINE_TUNED]
     recipes = FINE_TUNED if image_size == 28 else heads
     content = {
-        **study_of(backbone_folder, recipes),
-        "backbones": [{"id": backbone_folder, "name": "real", "image_size": image_size}],
+        **study_of(small_backbone_folder, recipes),
+        "backbones": [{"id": small_backbone_folder, "name": "real", "image_size": image_size}],
         "datasets": [{"id": "sklearn:digits", "max_train_rows": 120, "max_test_rows": 60}],
-        "protocol": {**QUICK, "grid": {"learning_rate": [0.01]}, "min_epochs": 15, "min_steps": 1},
+        "protocol": {**QUICK, "grid": {"learning_rate": [0.01]}, "min_epochs": epochs, "min_steps": 1},
     }
     results = run(content, tmp_path)
     assert {key.recipe for key in results.runs} == {*recipes}
@@ -167,7 +169,7 @@ def test_runs_of_something_else_are_refused_or_replaced(backbone, tmp_path, chan
 
 def test_a_killed_study_goes_on_and_gives_the_same_table(backbone, tmp_path):
     content = study_of(backbone, ["linear-last", "linear-all", "alf", "alf-mean", "scalar-mix", "knn-last"], splits=2)
-    content["protocol"] = {**QUICK, "min_steps": 150}
+    content["protocol"] = {**QUICK, "min_steps": 75}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
     folder = tmp_path / "killed"
     command = [sys.executable, "-m", "hf_layerfusion.cli.main", "study", str(tmp_path / "study.yaml")]

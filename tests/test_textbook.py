@@ -173,20 +173,28 @@ def test_the_textbook_loop_trains_the_head_that_trainer_trains(task, tmp_path):
 
 
 @pytest.mark.slow
-def test_alf_paper_on_real_features_is_as_good_as_the_textbook(backbone_folder, tmp_path):
-    """The same features and protocol, the reference's loop against the sweep's road, three seeds."""
+def test_alf_paper_on_real_features_is_as_good_as_the_textbook(small_backbone_folder, tmp_path):
+    """The same features and protocol, the reference's loop against the sweep's road, six seeds.
+
+    With six tokens: the textbook's time grows with them, and that the two heads agree for many is shown above.
+    """
     # Mixed, since the digits come by writer.
-    rows = open_digits()["train"].select(np.random.default_rng(0).permutation(1797)[:1400])
+    rows = open_digits()["train"].select(np.random.default_rng(0).permutation(1797))
     model = ViTForAttentiveLayerFusionClassification.from_backbone(
-        backbone_folder, recipe="alf-paper", id2label=[str(number) for number in range(10)], image_size=56
+        small_backbone_folder,
+        recipe="alf-paper",
+        layers=[6, 12],
+        id2label=[str(number) for number in range(10)],
+        image_size=28,
     )
     features = extract_features(model, rows, tmp_path, progress=False)
-    train, test = features.select_rows(range(400)), features.select_rows(range(400, 1400))
+    train, test = features.select_rows(range(400)), features.select_rows(range(400, 1797))
     options = {"learning_rate": 1e-3, "weight_decay": 1e-2, "noise_std": 0.05, "noise_probability": 0.5}
-    epochs, seeds = 30, (0, 1, 2)
+    epochs, seeds = 15, range(6)
     found = sweep(
         train,
         recipe="alf-paper",
+        layers=[6, 12],
         grid={**options, "attention_dropout": 0.0},
         num_epochs=epochs,
         batch_size=80,
