@@ -23,9 +23,9 @@ from task import extract_noise
 from hf_layerfusion import LayerFeatures, LayerFusionConfig, sweep
 from hf_layerfusion.losses import LOGIT_SCALE
 from hf_layerfusion.sweeps import solve_ridge
-from hf_layerfusion.sweeps.settings import RIDGE_PENALTIES
 
 Weights = list[np.ndarray]
+PENALTIES = tuple(float(f"{10 ** (exponent / 2):.3g}") for exponent in range(-8, 4))
 
 
 def fit_by_scikit_learn(features: LayerFeatures, classes: int) -> Weights:
@@ -36,7 +36,7 @@ def fit_by_scikit_learn(features: LayerFeatures, classes: int) -> Weights:
     # As many tokens as groups, of which each has as many coordinates as are wide: |z|^2 has mean one.
     scale = 1 / (spread * np.sqrt(flat.shape[1]))
     inputs, targets = (flat - mean) * scale, np.eye(classes)[features.labels]
-    return [Ridge(alpha=penalty).fit(inputs, targets).coef_ * scale for penalty in RIDGE_PENALTIES]
+    return [Ridge(alpha=penalty).fit(inputs, targets).coef_ * scale for penalty in PENALTIES]
 
 
 def main() -> None:
@@ -60,19 +60,16 @@ def main() -> None:
             num_labels=classes,
             problem_type="single_label_classification",
         )
-        ours = [
-            state["classifier.weight"].numpy() / LOGIT_SCALE
-            for state in solve_ridge(features, config, RIDGE_PENALTIES)
-        ]
+        ours = [state["classifier.weight"].numpy() / LOGIT_SCALE for state in solve_ridge(features, config, PENALTIES)]
         theirs = fit_by_scikit_learn(features, classes)
         worst = max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(ours, theirs, strict=True))
         print(
-            f"{len(features)} rows of {ours[0].shape[1]} coordinates, {len(RIDGE_PENALTIES)} penalties; weights differ by at "
+            f"{len(features)} rows of {ours[0].shape[1]} coordinates, {len(PENALTIES)} penalties; weights differ by at "
             f"most {worst:.1e} of the largest"
         )
         grid = {"learning_rate": [1.0, 0.1, 0.03], "weight_decay": 1e-4}
         contenders = {
-            "`solve_ridge`": lambda: seconds_of(lambda: solve_ridge(features, config, RIDGE_PENALTIES)),
+            "`solve_ridge`": lambda: seconds_of(lambda: solve_ridge(features, config, PENALTIES)),
             "scikit-learn's `Ridge`": lambda: seconds_of(lambda: fit_by_scikit_learn(features, classes)),
             "`linear-all`, 3 settings of 1000 steps": lambda: seconds_of(
                 lambda: sweep(features, recipe="linear-all", grid=grid, refit=False, progress=False)

@@ -3,7 +3,7 @@
     python benchmarks/variants.py --backbone FOLDER --datasets DIR/emoji,DIR/materials [--group closed_form|steps] [--names ...]
 
 For development: no test row is read. Each variant is a recipe with some options of its head, and is swept with
-`--num_folds` folds (groups of rows stay together) over the same few settings: twelve penalties in closed form, or two
+`--num_folds` folds (groups of rows stay together) over the same few settings: three penalties in closed form, or two
 learning rates and `--steps` steps. The table has the balanced accuracy of the best setting on the held-out folds, which is
 a little too good for all, and the bytes an image takes in the cache. Tokens are extracted once into `--features_dir`.
 """
@@ -59,12 +59,23 @@ STEPS: dict[str, Variant] = {
     "alf, mixup 0.2": ("alf", {"mixup_alpha": 0.2}),
     "alf, 4 queries": ("alf", {"num_queries": 4}),
     "alf, block, LN2 and activation": ("alf", {"modules": ["block", "ln2", "activation"]}),
+    "alf, 4 queries, averaged": ("alf", {"num_queries": 4, "query_fusion": "mean"}),
+    "alf, embeddings of layer and pool": ("alf", {"token_embeddings": True}),
     "alf-grid": ("alf-grid", {}),
+    "alf-grid, embeddings of layer and cell": ("alf-grid", {"token_embeddings": True}),
+    "alf-two-stage": ("alf-two-stage", {}),
+    "alf-two-stage, one query for all layers": ("alf-two-stage", {"stage_queries": "shared"}),
     "alf-grid, squared loss": ("alf-grid", {"loss": "squared"}),
     "alf-grid, squared loss, standardised tokens": (
         "alf-grid",
         {"loss": "squared", "token_normalization": "standardize"},
     ),
+    "ep": ("ep", {}),
+    "ep-all": ("ep-all", {}),
+    "ep-grid": ("ep-grid", {}),
+    "ep-grid, embeddings of layer and cell": ("ep-grid", {"token_embeddings": True}),
+    "aat-quarterly": ("aat-quarterly", {}),
+    "aat-quarterly, embeddings of layer and patch": ("aat-quarterly", {"token_embeddings": True}),
 }
 GROUPS = {"closed_form": CLOSED_FORM, "steps": STEPS}
 
@@ -102,7 +113,7 @@ def main() -> None:
         )
         layout = model.config.token_layout
         configs = {
-            name: LayerFusionConfig(token_layout=layout, recipe=recipe, **options)
+            name: LayerFusionConfig(token_layout=layout, image_size=model.config.image_size, recipe=recipe, **options)
             for name, (recipe, options) in variants.items()
         }
         features = extract_features(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .bank import TokenBank, is_grid, pool_layers, resolve_layers
+from .bank import TokenBank, is_cell, is_grid, is_patch, pool_layers, resolve_layers
 from .errors import LayerFusionError
 from .hub.safety import FLOAT_TYPES, MAX_LABELS, check_backbone_values, check_dtype
 from .layout import MAX_SIDE, MODULES, TokenLayout
@@ -21,9 +21,12 @@ from .pooling import GRID_POOLS, POOLS
 from .recipes import Recipe, find_recipe
 from .version import __version__
 
-HEAD_TYPES = ("attentive", "efficient", "linear", "scalar_mix")
+HEAD_TYPES = ("attentive", "efficient", "two_stage", "linear", "scalar_mix")
 # Those whose learned queries attend over the bank.
-ATTENDING_HEADS = ("attentive", "efficient")
+ATTENDING_HEADS = ("attentive", "efficient", "two_stage")
+# And of these, those with attention heads (`num_heads`) and an output projection.
+MULTI_HEAD_TYPES = ("attentive", "two_stage")
+STAGE_QUERIES = ("per_layer", "shared")
 QUERY_FUSIONS = ("concat", "mean")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 NORMALIZATIONS = ("l2", "none", "standardize")
@@ -32,6 +35,7 @@ WIDTH_ALIGNMENTS = ("pad", "project")
 
 MAX_QUERIES = 2**12
 MAX_HEAD_DIM_MULTIPLIER = 2**8
+MAX_MEMBERS = 2**6
 # A mixture of two rows in equal parts, to one in a hundred; what draws from a Beta distribution stays finite.
 MAX_MIXUP_ALPHA = 1000
 # Backbones whose tokens stand unit by unit of their masks, and not row by row.
@@ -73,9 +77,10 @@ class LayerFusionConfig(PreTrainedConfig):
         modules: points inside a layer: `"ln1"`, `"attention"`, `"residual"`, `"ln2"`, `"fc1"`, `"activation"`, `"fc2"`,
             `"block"`; of the last layer also `"final_norm"` and `"pooler"`. `layerfusion info` names those that a
             backbone has.
-        pools: `"cls"`, `"mean"`, `"tokens"` for CLS and every patch, and `"grid:k"`, such as `"grid:2"`, for the means
-            over the cells of a k x k grid over the image, k from 1 to 16, which exist at any image size. With `@` and
-            layers behind it, such as `"grid:4@spaced:4"`, a pool is read at those of `layers` only.
+        pools: `"cls"`, the patches' `"mean"` and `"max"` (of each coordinate), `"tokens"` for CLS and every patch, and
+            `"grid:k"`, such as `"grid:2"`, for the means over the cells of a k x k grid over the image, k from 1 to 16,
+            which exist at any image size. With `@` and layers behind it, such as `"grid:4@spaced:4"`, a pool is read at
+            those of `layers` only.
         image_size: height and width in pixels of the images, which `"tokens"` needs to know; `None` for the backbone's
             native size.
         width_alignment: how tokens of several widths come to one: `"pad"` with zeros (the reference), or `"project"`
@@ -95,13 +100,18 @@ class LayerFusionConfig(PreTrainedConfig):
             the others (arXiv 2006.07322), and logits that are ten times these outputs; `None` for the recipe's, or
             `"cross_entropy"`.
         head_type: `"attentive"`, `"efficient"` (arXiv 2506.10178: the queries attend to the tokens themselves, and each has
-            values of its own), `"linear"`, `"scalar_mix"`.
+            values of its own), `"two_stage"` (a learned query pools the patches or cells of each layer and module, and an
+            attentive head reads the summaries beside the other tokens), `"linear"`, `"scalar_mix"`.
+        stage_queries: of a two-stage head, `"per_layer"` for one pooling query for each layer and module, or `"shared"` for
+            one in all; `None` for the recipe's, or `"per_layer"`. Other heads have none.
         num_heads: attention heads; `None` for the recipe's, or one per token if it has none.
         num_queries: learned queries of an attentive or efficient head; `None` for the recipe's, or one.
         query_fusion: how the outputs of several queries of an attentive head come together: `"concat"` or `"mean"`; `None`
             for the recipe's, or `"concat"`.
         token_embeddings: whether an attentive or efficient head learns a vector for each layer and module, and one for each
             pool or cell, and adds both to the normalised tokens; `None` for the recipe's, or `False`.
+        num_members: heads with attention that are one head, an ensemble: its logits are the mean of theirs, and `sweep`
+            trains each from a seed of its own; `None` for the recipe's, or 1.
         head_dim_multiplier: the width of an attention head is this times `D // num_heads` (the reference: 2).
         attention_dropout: on the attention weights; `None` for the recipe's.
         projection_dropout: after the output projection.
@@ -128,6 +138,7 @@ class LayerFusionConfig(PreTrainedConfig):
         num_queries: int
         query_fusion: str
         token_embeddings: bool
+        num_members: int
         attention_dropout: float
         token_normalization: str
         noise_std: float
@@ -158,10 +169,12 @@ class LayerFusionConfig(PreTrainedConfig):
     layer_dropout: float | None = None  # type: ignore[no-redef]
     loss: str | None = None  # type: ignore[no-redef]
     head_type: str | None = None  # type: ignore[no-redef]
+    stage_queries: str | None = None
     num_heads: int | None = None
     num_queries: int | None = None  # type: ignore[no-redef]
     query_fusion: str | None = None  # type: ignore[no-redef]
     token_embeddings: bool | None = None  # type: ignore[no-redef]
+    num_members: int | None = None  # type: ignore[no-redef]
     head_dim_multiplier: int = 2
     attention_dropout: float | None = None  # type: ignore[no-redef]
     projection_dropout: float = 0.0
@@ -196,7 +209,13 @@ class LayerFusionConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON keeps it, with the version of this library, so that a later field can be told from a mistake."""
-        return {**super().to_dict(), "hf_layerfusion_version": __version__}
+        values = {**super().to_dict(), "hf_layerfusion_version": __version__}
+        # Of a single head it stands there only where the recipe says otherwise, so that older files are the same.
+        if values["num_members"] == find_recipe(self.recipe).head_options.get("num_members", 1) == 1:
+            del values["num_members"]
+        if values["stage_queries"] is None:  # of other heads, likewise
+            del values["stage_queries"]
+        return values
 
     def __post_init__(self, **kwargs):
         # They belong to files: the one was checked, and the other is written anew.
@@ -244,8 +263,11 @@ class LayerFusionConfig(PreTrainedConfig):
             "num_queries": 1,
             "query_fusion": "concat",
             "token_embeddings": False,
+            "num_members": 1,
             "freeze_backbone": recipe.kind != "fine_tune",
         }
+        if self.head_type == "two_stage":
+            filled["stage_queries"] = "per_layer"
         for option, value in {**filled, **recipe.head_options}.items():
             if getattr(self, option) is None:
                 setattr(self, option, value)
@@ -293,18 +315,30 @@ class LayerFusionConfig(PreTrainedConfig):
         for name in ("noise_std", "backbone_lr_factor"):
             if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
                 raise LayerFusionError(f"{name}={getattr(self, name)!r}: use 0 or a positive number")
-        for name in ("num_queries", "head_dim_multiplier", "num_heads"):
+        for name in ("num_queries", "head_dim_multiplier", "num_heads", "num_members"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise LayerFusionError(f"{name}={reprlib.repr(value)}: use 1 or more")
-        for name, limit in {"num_queries": MAX_QUERIES, "head_dim_multiplier": MAX_HEAD_DIM_MULTIPLIER}.items():
+        limits = {
+            "num_queries": MAX_QUERIES,
+            "head_dim_multiplier": MAX_HEAD_DIM_MULTIPLIER,
+            "num_members": MAX_MEMBERS,
+        }
+        for name, limit in limits.items():
             if getattr(self, name) > limit:
                 raise LayerFusionError(f"{name}={reprlib.repr(getattr(self, name))}: use at most {limit}")
+        if self.num_members > 1 and self.head_type not in ATTENDING_HEADS:
+            raise LayerFusionError(
+                f"num_members={self.num_members}: the logits of a {self.head_type} head are linear in its tokens, and the mean "
+                "over several such heads is again one linear head: leave num_members out, or choose head_type from "
+                f"{', '.join(ATTENDING_HEADS)}"
+            )
         if self.head_type == "efficient" and self.num_queries > self.hidden_size:
             raise LayerFusionError(
                 f"num_queries={self.num_queries} does not fit tokens of width {self.hidden_size}, which the queries of an "
                 "efficient head share out"
             )
+        self._check_stages()
         if self.num_heads is not None and self.num_heads > self.hidden_size:
             raise LayerFusionError(f"num_heads={self.num_heads} does not fit tokens of width {self.hidden_size}")
         if self.class_weights is not None and not isinstance(self.class_weights, list | tuple):
@@ -315,6 +349,27 @@ class LayerFusionConfig(PreTrainedConfig):
             )
         if self.class_weights is not None and not all(_is_number(w) and w >= 0 for w in self.class_weights):
             raise LayerFusionError(f"class_weights={self.class_weights} must be 0 or positive numbers")
+
+    def _check_stages(self) -> None:
+        if self.head_type != "two_stage":
+            if self.stage_queries is not None:
+                raise LayerFusionError(
+                    f"stage_queries={reprlib.repr(self.stage_queries)} is for head_type='two_stage', and this head is "
+                    f"{self.head_type}: leave it out"
+                )
+            return
+        _check_choices("stage_queries", [self.stage_queries], STAGE_QUERIES)
+        if not any(is_cell(pool) or is_patch(pool) for pool in self.bank.pools):
+            raise LayerFusionError(
+                f"a two_stage head pools the patches or cells of a layer, but layers={self.layers}, modules={self.modules} "
+                f"and pools={self.pools} select none: add a pool such as 'grid:4' or 'tokens', or use "
+                "head_type='attentive' (recipe 'alf'), which needs none"
+            )
+        if self.token_embeddings:
+            raise LayerFusionError(
+                "token_embeddings=True: a two_stage head has no embeddings of its tokens' places: leave it out, or use "
+                "head_type='attentive'"
+            )
 
     def _check_kinds(self) -> None:
         """Fields that no arithmetic reads, but files and messages do."""
@@ -417,10 +472,10 @@ def _adapted(
 
 
 def _fitted(pool: str, num_layers: int) -> str:
-    """A recipe's pool; one that is read at n equally spaced layers is read at all of a backbone that has fewer."""
-    name, at, where = pool.partition("@")
-    is_short = at and where.startswith("spaced:") and int(where.removeprefix("spaced:")) > num_layers
-    return name if is_short else pool
+    """A recipe's pool; one of n equally spaced or of the last n layers is read at all of a backbone that has fewer."""
+    name, _, where = pool.partition("@")
+    count = where.removeprefix("spaced:").removeprefix("-").removesuffix(":")
+    return name if count and int(count) > num_layers else pool
 
 
 def _has_grid(pool: str, layers: Sequence[int], layout: TokenLayout) -> bool:
@@ -549,7 +604,7 @@ def _is_number(value: Any) -> bool:
 
 def _check_choices(
     name: str,
-    values: Sequence[str],
+    values: Sequence[Any],
     legal: Sequence[str],
     is_also_legal: Callable[[str], bool] | None = None,
     others: str = "",

@@ -27,7 +27,7 @@ from .backbones import WeightFingerprint, execution_device, has_adapters, quanti
 from .checkpoints import PROCESSOR_NAME
 from .errors import LayerFusionError
 from .files import write_json
-from .heads import AttendingHead
+from .heads import AttendingHead, EnsembleHead
 from .hub.push import public_name
 from .images import process_image, resize_processor, stack_images
 from .modeling_layer_fusion import ViTForAttentiveLayerFusionClassification as Model
@@ -258,7 +258,7 @@ def _trace(model: Model, pixels: Tensor, dynamic_batch: bool) -> ExportedProgram
     twin = _twin(model)
     twin.head = deepcopy(model.head).requires_grad_(False)
     twin.token_projection = deepcopy(model.token_projection).requires_grad_(False)
-    if isinstance(twin.head, AttendingHead):
+    if isinstance(twin.head, AttendingHead | EnsembleHead):
         # The fast order chooses by the number of rows how it folds, and walks the batch in blocks.
         twin.head.implementation = "explicit"
     example = pixels[:2] if dynamic_batch else pixels[:1]

@@ -38,7 +38,15 @@ from .checkpoints import (
 )
 from .configuration_layer_fusion import ATTENDING_HEADS, HEAD_OPTIONS, LayerFusionConfig
 from .errors import LayerFusionError
-from .heads import AttendingHead, LinearHead, ScalarMixHead, TokenStandardizer, WidthProjection, build_parts
+from .heads import (
+    AttendingHead,
+    EnsembleHead,
+    LinearHead,
+    ScalarMixHead,
+    TokenStandardizer,
+    WidthProjection,
+    build_parts,
+)
 from .hub.cards import write_card
 from .hub.push import check_shareable, hub_id, pin_backbone, push_folder
 from .hub.safety import tensor_digest
@@ -64,7 +72,8 @@ class LayerFusionOutput(ModelOutput):
     Attributes:
         loss: scalar, when labels were given.
         logits: `(B, C)`.
-        layer_attentions: `(B, num_queries, num_heads, N)`, the weight of each token, when asked for.
+        layer_attentions: `(B, num_queries, num_heads, N)`, the weight of each token, when asked for; of an ensemble the
+            mean over its members.
     """
 
     loss: Tensor | None = None
@@ -117,7 +126,8 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
             self.attach(self.backbone)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, AttendingHead | LinearHead | ScalarMixHead | TokenStandardizer | WidthProjection):
+        heads = AttendingHead | EnsembleHead | LinearHead | ScalarMixHead
+        if isinstance(module, heads | TokenStandardizer | WidthProjection):
             module.reset_parameters()
 
     # ---- construction ------------------------------------------------------------------------------------------
@@ -362,7 +372,7 @@ class ViTForAttentiveLayerFusionClassification(PreTrainedModel):
         is_noisy = self.training and self.config.noise_std > 0
         is_plain = not is_noisy and mixture is None and self.config.token_normalization != "standardize"
         dropout = {"token_keep": keep} if (keep := self._token_keep(tokens)) is not None else {}
-        if isinstance(self.head, AttendingHead) and is_plain and self.config.width_alignment == "pad":
+        if isinstance(self.head, AttendingHead | EnsembleHead) and is_plain and self.config.width_alignment == "pad":
             if dtype == torch.float64:
                 tokens, token_statistics = tokens.double(), None  # which are float32
             elif token_statistics is not None:
@@ -617,7 +627,10 @@ def _resized(processor: Any, image_size: Any, name: str | None) -> Any:
 
 def _independent_of_backbone(overrides: dict[str, Any]) -> dict[str, Any]:
     """The overrides that can be checked before the backbone's depth, width and tokens are known."""
-    return {key: value for key, value in overrides.items() if key not in ("layers", "modules", "pools", "num_heads")}
+    dependent = {"layers", "modules", "pools", "num_heads"}
+    if overrides.get("head_type") == "two_stage":  # it needs patches or cells among the pools
+        dependent |= {"head_type", "stage_queries"}
+    return {key: value for key, value in overrides.items() if key not in dependent}
 
 
 def _check_trainable(backbone: PreTrainedModel, frozen: bool) -> None:

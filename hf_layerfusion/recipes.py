@@ -56,6 +56,7 @@ _ALL_TOKENS: dict[str, Any] = {"num_heads": 8}
 
 _LINEAR: dict[str, Any] = {"head_type": "linear", "weight_decay": 1e-4}
 _GRID = ("cls", "mean", "grid:4@spaced:4")
+_MAX = ("cls", "mean", "max@-8:", "grid:4@spaced:4")
 _LAST: dict[str, Any] = {"layers": "last", "modules": ("final_norm",)}
 _EFFICIENT: dict[str, Any] = {"head_type": "efficient", "head_options": {"num_queries": 12}}
 _RIDGE: dict[str, Any] = {"head_type": "linear", "solver": "ridge"}
@@ -97,6 +98,11 @@ RECIPES = {
         pools=_GRID,
         **_RIDGE,
     ),
+    "ridge-max": Recipe(
+        "least squares on the tokens of `ridge-grid` and the patches' largest values in the last eight layers",
+        pools=_MAX,
+        **_RIDGE,
+    ),
     "alf": Recipe(
         "Attentive Layer Fusion over the block outputs of all layers (arXiv 2601.09322)", head_options=_DROPOUT
     ),
@@ -122,9 +128,19 @@ RECIPES = {
         "Attentive Layer Fusion over the block outputs of all layers, under squared loss",
         head_options={**_DROPOUT, "loss": "squared"},
     ),
+    "alf-ensemble": Recipe(
+        "the mean of the logits of five `alf` heads, trained from different seeds",
+        head_options={**_DROPOUT, "num_members": 5},
+    ),
     "alf-grid": Recipe(
         "Attentive Layer Fusion over the tokens of `ridge-grid`, 16 heads",
         pools=_GRID,
+        head_options={**_DROPOUT, "num_heads": 16},
+    ),
+    "alf-two-stage": Recipe(
+        "as `alf-grid`, after a learned query per layer has pooled its cells",
+        pools=_GRID,
+        head_type="two_stage",
         head_options={**_DROPOUT, "num_heads": 16},
     ),
     "ep": Recipe(
@@ -158,9 +174,9 @@ RECIPES = {
         weight_decay=1e-4,
     ),
     "auto": Recipe(
-        "whichever of `ridge-grid`, `ridge-all` and `alf` does best on validation rows",
+        "whichever of `ridge-max`, `ridge-all` and `alf` does best on validation rows",
         kind="choice",
-        candidates=("ridge-grid", "ridge-all", "alf"),
+        candidates=("ridge-max", "ridge-all", "alf"),
     ),
     "knn-last": Recipe(
         "k nearest neighbours by the last CLS token",

@@ -51,6 +51,7 @@ RECIPE_BANKS = {
     "linear-last-cls-mean": ([12], ["final_norm"], ["cls", "mean"], "linear", 2),
     "linear-all": (ALL, ["block"], ["cls", "mean"], "linear", 24),
     "alf": (ALL, ["block"], ["cls", "mean"], "attentive", 24),
+    "ridge-max": (ALL, ["block"], ["cls", "mean", "max@-8:", "grid:4@spaced:4"], "linear", 24 + 8 + 64),
     "alf-paper": (ALL[1:], ["ln2", "final_norm"], ["cls", "mean"], "attentive", 24),
     "alf-mid-last": ([6, 12], ["block"], ["cls", "mean"], "attentive", 4),
     "alf-quarterly": ([3, 6, 9, 12], ["block"], ["cls", "mean"], "attentive", 8),
@@ -86,7 +87,7 @@ def test_recipe_fills_the_bank(recipe):
 def test_every_recipe_constructs_and_its_head_runs(recipe):
     config = LayerFusionConfig(backbone_config=DEEP_VIT, recipe=recipe, num_labels=5)
     tokens = torch.randn(4, len(config.bank), config.hidden_size)
-    assert build_head(config)(tokens).shape == (4, 5)
+    assert build_head(config).eval()(tokens).shape == (4, 5)
 
 
 def test_alf_paper_tokens_are_those_of_the_reference():
@@ -130,8 +131,9 @@ ADAPTED = {
 @pytest.mark.parametrize("case", ADAPTED)
 def test_recipes_adapt_to_a_backbone_without_cls_or_final_norm(recipe, case):
     config = LayerFusionConfig(backbone_config=VIT, token_layout=ADAPTED[case], recipe=recipe)
-    grid = ["grid:4@spaced:4"] if recipe.endswith("-grid") else []
-    assert config.pools == (["tokens"] if recipe.startswith("aat") or recipe == "ep" else ["mean", *grid])
+    more = ["max"] if recipe == "ridge-max" else []  # of all layers, since there are fewer than eight
+    more += ["grid:4@spaced:4"] if recipe.endswith(("-grid", "-two-stage", "-max")) else []
+    assert config.pools == (["tokens"] if recipe.startswith("aat") or recipe == "ep" else ["mean", *more])
     if recipe.startswith("linear-last"):
         assert config.token_names == [f"layer 4 · {'final_norm' if case == 'tokens' else 'block'} · mean"]
 
@@ -202,12 +204,12 @@ BAD_VALUES = {
         "width_alignment 'crop' is unknown: choose from ['pad', 'project']",
     ),
     "module twice": ({"modules": ["ln2", "ln2"]}, "modules=['ln2', 'ln2'] names a value twice"),
-    "pool": ({"pools": ["max"]}, "pools 'max' is unknown: choose from ['cls', 'mean', 'tokens']"),
+    "pool": ({"pools": ["min"]}, "pools 'min' is unknown: choose from ['cls', 'mean', 'max', 'tokens']"),
     "no pool": ({"pools": []}, "pools is empty"),
     "pool twice": ({"pools": ["cls", "cls"]}, "pools=['cls', 'cls'] names a value twice"),
     "head": (
         {"head_type": "mlp"},
-        "head_type 'mlp' is unknown: choose from ['attentive', 'efficient', 'linear', 'scalar_mix']",
+        "head_type 'mlp' is unknown: choose from ['attentive', 'efficient', 'two_stage', 'linear', 'scalar_mix']",
     ),
     "normalization": (
         {"token_normalization": "l1"},

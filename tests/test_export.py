@@ -52,6 +52,10 @@ FAMILIES = {
         lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**_SHALLOW_DINOV2, num_register_tokens=2)),
         {"recipe": "aat"},
     ),
+    "vit, two stages": (
+        lambda: ViTModel(ViTConfig(**SHALLOW), add_pooling_layer=False),
+        {"head_type": "two_stage", "pools": ["cls", "grid:2"]},
+    ),
     "clip, linear": (lambda: CLIPVisionModel(CLIPVisionConfig(**SHALLOW)), {"recipe": "linear-all"}),
     "siglip, scalar mix": (
         lambda: SiglipVisionModel(SiglipVisionConfig(**SHALLOW, vision_use_head=False)),
@@ -255,7 +259,7 @@ def test_a_real_head_gives_the_same_classes_on_200_digits(backbone_folder, tmp_p
     data = load_digits()
     labels = torch.from_numpy(data.target[:200])
     torch.manual_seed(0)
-    model = ViTForAttentiveLayerFusionClassification.from_backbone(backbone_folder, num_labels=10, image_size=112)
+    model = ViTForAttentiveLayerFusionClassification.from_backbone(backbone_folder, num_labels=10, image_size=56)
     pictures = [Image.fromarray(np.uint8(values * 255 / 16)).convert("RGB") for values in data.images[:200]]
     pixels = stack_images([process_image(model.image_processor, picture) for picture in pictures])["pixel_values"]
     batches = pixels.split(25)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import Ridge
-from sweep_helpers import CLASSES, LAYERS, ROWS, WIDTH, class_labels, learnable_tokens, write_features
+from sweep_helpers import BANK, CLASSES, LAYERS, ROWS, WIDTH, class_labels, learnable_tokens, write_features
 
 from hf_layerfusion import LayerFusionConfig, LayerFusionError, SweepResult, sweep
 from hf_layerfusion.bank import TokenBank
@@ -17,6 +17,8 @@ from hf_layerfusion.sweeps import expand_grid, ridge, solve_ridge
 from hf_layerfusion.sweeps.settings import RIDGE_PENALTIES
 from hf_layerfusion.training import build_trainer
 
+# What the candidates of `auto` read: the tests' layout has no grid, and fewer than eight layers.
+AUTO_BANK = [*BANK, *([layer, "block", "max"] for layer in range(1, LAYERS + 1))]
 GRID_BANK = [[layer, "block", pool] for layer in (1, 2) for pool in ("cls", "grid:2 cell 0", "grid:2 cell 1")]
 
 
@@ -99,6 +101,19 @@ def test_too_large_a_system_is_refused(tmp_path, monkeypatch):
         solve_ridge(features, config_for(features), [0.1])
 
 
+def test_sweep_leaves_out_what_cannot_be_solved_before_it_trains(tmp_path, monkeypatch, caplog):
+    """Of a choice between recipes; asked for alone, it is refused before any training."""
+    features = write_features(tmp_path)
+    monkeypatch.setattr(ridge, "MAX_SYSTEM", 50)
+    options = {"num_epochs": 1, "refit": False, "progress": False}
+    with pytest.raises(LayerFusionError, match=r"recipe 'ridge-all': 75 rows of 192 coordinates"):
+        sweep(features, recipe="ridge-all", **options)
+    grid = {"learning_rate": 1e-2, "weight_decay": 0}
+    result = sweep(features, recipe=["ridge-all", "ridge-last", "alf"], grid=grid, **options)
+    assert {setting.recipe for setting in result.settings} == {"ridge-last", "alf"}
+    assert "recipe 'ridge-all' is left out: 75 rows" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("labels", "options", "shift"),
     [
@@ -160,7 +175,7 @@ def test_sweep_chooses_a_penalty_and_builds_an_ordinary_head(tmp_path):
 
 @pytest.mark.parametrize("recipe", ["ridge-all", ["ridge-all", "ridge-last"], "auto"])
 def test_figures(tmp_path, recipe, caplog):
-    features = write_features(tmp_path / "features")
+    features = write_features(tmp_path / "features", bank=AUTO_BANK)
     sweep(
         features, recipe=recipe, grid={"learning_rate": [0.1, 0.01]}, num_epochs=2, output_dir=tmp_path, progress=False
     )
@@ -177,7 +192,7 @@ def test_validation_rows_are_not_solved_for(tmp_path):
 
 
 def test_auto_stands_for_its_candidates(tmp_path):
-    features = write_features(tmp_path)
+    features = write_features(tmp_path, bank=AUTO_BANK)
     candidates = RECIPES["auto"].candidates
     result = sweep(features, recipe="auto", grid="fast", num_epochs=2, progress=False)
     assert {setting.recipe for setting in result.settings} == set(candidates)
@@ -187,7 +202,7 @@ def test_auto_stands_for_its_candidates(tmp_path):
     assert set(recipe_bank("auto", layout).coordinates) == {
         coordinate for name in candidates for coordinate in recipe_bank(name, layout).coordinates
     }
-    with pytest.raises(LayerFusionError, match="recipe 'auto' chooses among ridge-grid, ridge-all, alf"):
+    with pytest.raises(LayerFusionError, match="recipe 'auto' chooses among ridge-max, ridge-all, alf"):
         LayerFusionConfig(recipe="auto")
 
 

@@ -139,7 +139,8 @@ def test_changes_of_a_protocol_reach_the_sweep(change, expected):
 
 def test_heads_without_attention_may_have_a_protocol_of_their_own():
     protocol = Protocol.from_value({"base": "fast", "linear": {"grid": {"learning_rate": [1.0]}, "min_epochs": 77}})
-    assert protocol.of("alf") == PROTOCOLS["fast"]
+    for attends in ("alf", "aat", "ep-all", "alf-two-stage"):
+        assert protocol.of(attends) == PROTOCOLS["fast"]
     assert protocol.of("alf").to_dict() == PROTOCOLS["fast"].to_dict()
     options = protocol.of("scalar-mix").sweep_options(100)
     assert (options["grid"], options["num_epochs"]) == ({"learning_rate": [1.0]}, 80)

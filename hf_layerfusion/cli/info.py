@@ -50,7 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _describe_head(config: LayerFusionConfig) -> None:
     fingerprint = (config.backbone_fingerprint or {}).get("digest", "none")
-    print(f"head: recipe {config.recipe}, {config.head_type}, {_count_parameters(config):,} parameters")
+    members = f" x {config.num_members} (an ensemble)" if config.num_members > 1 else ""
+    print(f"head: recipe {config.recipe}, {config.head_type}{members}, {_count_parameters(config):,} parameters")
     print(f"backbone: {config.backbone_name_or_path}, revision {config.backbone_revision or '-'}")
     print(f"backbone weights: sha256 {fingerprint[:16]}...")
     print(

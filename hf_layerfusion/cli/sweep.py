@@ -37,7 +37,7 @@ import torch
 from accelerate import PartialState
 
 from ..bank import TokenBank
-from ..configuration_layer_fusion import ATTENDING_HEADS, LayerFusionConfig
+from ..configuration_layer_fusion import ATTENDING_HEADS, MULTI_HEAD_TYPES, LayerFusionConfig
 from ..data import SPLIT_NAMES
 from ..errors import LayerFusionError
 from ..features import LayerFeatures
@@ -46,7 +46,7 @@ from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
 from ..sweeps import Setting, SweepResult, expand_grid, sweep
 from ..sweeps.inputs import within_budget
 from ..sweeps.result import RESULT_NAME, TABLE_NAME
-from ..sweeps.run import STRATEGIES
+from ..sweeps.run import STRATEGIES, member_seeds
 from .options import (
     TRAINING_OPTIONS,
     OptionsError,
@@ -71,7 +71,7 @@ from .options import (
 # Options of the search itself, by the names of `sweep`'s arguments; the library's defaults hold where none is given.
 SEARCH_OPTIONS = (
     *("strategy", "metric", "validation_size", "num_folds", "seeds", "patience"),
-    *("heads_at_once", "max_memory", "save_seconds", "max_bytes_per_image"),
+    *("heads_at_once", "max_memory", "save_seconds", "max_bytes_per_image", "num_members"),
 )
 SEARCH_TITLE = "sweep (defaults: the paper's protocol)"
 # Options that say how to extract, and are None or False unless they are given.
@@ -133,6 +133,12 @@ def add_search_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--patience", type=number(int, at_least=1), help="stop a head after so many epochs without a better score"
+    )
+    group.add_argument(
+        "--num_members",
+        type=number(int, at_least=1),
+        help="train the chosen setting so many times on all rows, each from another seed, for one head whose logits are the "
+        "mean of theirs (default: the recipe's, which is 1 but for alf-ensemble)",
     )
     group.add_argument(
         "--heads_at_once", type=number(int, at_least=1), help="heads in one pass (default: 2 on a CPU, all on a GPU)"
@@ -335,12 +341,15 @@ def hyperparameters(result: SweepResult) -> dict[str, Any]:
     chosen = {name.replace("_", " "): value for name, value in chosen_values(result).items()}
     for_all = {name: value for name, value in result.protocol["overrides"].items() if name in TRAINING_OPTIONS}
     steps = {"epochs": result.protocol["refit_epochs"], "batch size": result.protocol["refit_batch_size"]}
+    seed, members = next(iter(result.heads)), result.config.num_members
+    seeds = member_seeds(seed, members)
     return {
         **chosen,
         **{name.replace("_", " "): value for name, value in for_all.items()},
         **(steps if result.best.ridge_penalty is None else {}),
         "training images": result.protocol["features"]["rows"],
-        "seed": next(iter(result.heads)),
+        "seed": seed,
+        **({"members": f"{members}, of seeds {seeds[0]} to {seeds[-1]}"} if members > 1 else {}),
         "chosen from": f"{result.protocol['settings']} settings, on {_validation(result)}",
         f"validation {result.score_name}": _score(result.best_score, result.best_score_std),
     }
@@ -350,7 +359,7 @@ def chosen_values(result: SweepResult) -> dict[str, Any]:
     """The chosen setting, with the recipe's values where the grid had none."""
     attends = result.config.head_type in ATTENDING_HEADS
     idle = [] if attends else ["attention_dropout", "num_queries"]
-    idle += [] if result.config.head_type == "attentive" else ["num_heads"]
+    idle += [] if result.config.head_type in MULTI_HEAD_TYPES else ["num_heads"]
     idle += [] if result.best.noise_std else ["noise_probability"]
     if result.best.ridge_penalty is not None:
         idle += ["learning_rate", "weight_decay", "noise_std"]

@@ -155,9 +155,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _settings(arguments: argparse.Namespace) -> list[Setting]:
-    """The settings to choose from; none without `--sweep`, unless the recipe has something to choose."""
+    """The settings to choose from; none without `--sweep`, unless the recipe cannot be trained otherwise."""
     recipes = [find_recipe(name.strip()) for name in arguments.recipe.split(",")]
-    if not arguments.sweep and any(recipe.candidates or recipe.solver == "ridge" for recipe in recipes):
+    needs_sweep = any(
+        recipe.candidates or recipe.solver == "ridge" or recipe.head_options.get("num_members", 1) > 1
+        for recipe in recipes
+    )
+    if needs_sweep and not arguments.sweep:
         arguments.sweep = "fast"
     if not arguments.sweep:
         if given := given_options(arguments, (*SEARCH_OPTIONS, "overwrite_sweep")):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..analysis.plots import MIN_COLOUR_RANGE
 from ..bank import TokenBank, cell_place, is_cell, is_patch
-from ..configuration_layer_fusion import LayerFusionConfig
+from ..configuration_layer_fusion import MULTI_HEAD_TYPES, LayerFusionConfig
 from ..hub.push import public_name
 from ..hub.record import plain_text
 from ..recipes import find_recipe
@@ -128,7 +128,10 @@ def render_about(config: LayerFusionConfig, record: Mapping[str, Any], head_para
     recipe = find_recipe(config.recipe)
     revision = f", revision {config.backbone_revision[:12]}" if config.backbone_revision else ""
     heads = config.num_heads or len(config.bank)
-    parts = f", {heads} attention head{_s(heads)}" if config.head_type == "attentive" else ""
+    # By default one for each token that is read, which in two stages are fewer than the bank's.
+    is_known = config.head_type == "attentive" or (config.head_type in MULTI_HEAD_TYPES and config.num_heads)
+    parts = f", {heads} attention head{_s(heads)}" if is_known else ""
+    members = f" x {config.num_members}, an ensemble" if config.num_members > 1 else ""
     parts += f" for each of {config.num_queries} queries" if parts and config.num_queries > 1 else ""
     names = [str(config.id2label[index]) for index in range(config.num_labels)]
     labels = ", ".join(names[:_MOST_LABELS]) + (
@@ -144,7 +147,7 @@ def render_about(config: LayerFusionConfig, record: Mapping[str, Any], head_para
             if len(tokens) > 1
             else tokens[0],
         ),
-        ("Head", f"{config.head_type.replace('_', ' ')}{parts}, {head_parameters:,} parameters"),
+        ("Head", f"{config.head_type.replace('_', ' ')}{members}{parts}, {head_parameters:,} parameters"),
         (f"{len(names)} labels" if len(names) > 1 else "Label", labels),
         *_trained_on(record),
         *_results(record),
@@ -239,7 +242,7 @@ def _render_heatmap(config: LayerFusionConfig, attentions: Tensor) -> str:
     highest = max(float(values.max()), MIN_COLOUR_RANGE)
     heads = values.shape[1]
     strongest = rows[int(means.argmax())][0]
-    if config.head_type == "attentive":
+    if config.head_type in MULTI_HEAD_TYPES:
         title, columns = "Weight of each token in each attention head", f"{heads} attention head{_s(heads)}"
         axis = f"attention head{_s(heads)}"
         shares = "Each attention head shares out 100 % over all tokens."

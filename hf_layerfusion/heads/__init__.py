@@ -2,19 +2,27 @@
 
 from torch import nn
 
-from ..bank import TokenBank
+from ..bank import TokenBank, is_cell, is_patch
 from ..errors import LayerFusionError
 from .attending import AttendingHead
 from .attentive import AttentiveFusionHead
 from .efficient import EfficientHead
+from .ensemble import EnsembleHead
 from .linear import LinearHead
 from .scalar_mix import ScalarMixHead
 from .standardizer import TokenStandardizer
+from .two_stage import TwoStageHead
 from .width_projection import WidthProjection
 
 
 def build_head(config) -> nn.Module:
     """The head that a `LayerFusionConfig` describes, freshly initialised."""
+    member = build_member(config)
+    return member if config.num_members == 1 else EnsembleHead(member, config.num_members)
+
+
+def build_member(config) -> nn.Module:
+    """The single head, or one of the members of an ensemble: what is trained by itself."""
     shape = {"hidden_size": config.hidden_size, "num_tokens": len(config.bank), "num_labels": config.num_labels}
     attending = {
         "num_queries": config.num_queries,
@@ -22,14 +30,18 @@ def build_head(config) -> nn.Module:
         "implementation": config.head_implementation,
         "places": _places(config.bank) if config.token_embeddings else None,
     }
+    attentive = {
+        "num_heads": config.num_heads,
+        "head_dim_multiplier": config.head_dim_multiplier,
+        "projection_dropout": config.projection_dropout,
+        "query_fusion": config.query_fusion,
+    }
     if config.head_type == "attentive":
-        return AttentiveFusionHead(
-            **shape,
-            **attending,
-            num_heads=config.num_heads,
-            head_dim_multiplier=config.head_dim_multiplier,
-            projection_dropout=config.projection_dropout,
-            query_fusion=config.query_fusion,
+        return AttentiveFusionHead(**shape, **attending, **attentive)
+    if config.head_type == "two_stage":
+        summarised = _patches_and_cells(config.bank)
+        return TwoStageHead(
+            **shape, **attending, **attentive, summarised=summarised, stage_queries=config.stage_queries
         )
     if config.head_type == "efficient":
         return EfficientHead(**shape, **attending)
@@ -47,6 +59,15 @@ def _places(bank: TokenBank) -> list[tuple[int, int]]:
     return [(taps[layer, module], pools[pool]) for layer, module, pool in bank.coordinates]
 
 
+def _patches_and_cells(bank: TokenBank) -> list[list[int]]:
+    """Positions of the patches and cells of each tap that has some."""
+    positions: dict[tuple[int, str], list[int]] = {}
+    for position, (layer, module, pool) in enumerate(bank.coordinates):
+        if is_patch(pool) or is_cell(pool):
+            positions.setdefault((layer, module), []).append(position)
+    return list(positions.values())
+
+
 def build_parts(config) -> dict[str, nn.Module]:
     """Everything that is trained or fitted beside the backbone, by the name it has in the model."""
     parts = {"head": build_head(config)}
@@ -61,10 +82,13 @@ __all__ = [
     "AttendingHead",
     "AttentiveFusionHead",
     "EfficientHead",
+    "EnsembleHead",
     "LinearHead",
     "ScalarMixHead",
     "TokenStandardizer",
+    "TwoStageHead",
     "WidthProjection",
     "build_head",
+    "build_member",
     "build_parts",
 ]

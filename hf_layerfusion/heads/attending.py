@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -160,7 +160,7 @@ class AttendingHead(nn.Module):
         scales = token_scales(tokens, normalize, self.eps, statistics)
         keep = None
         # In the shape of the explicit order, whose draws these are.
-        shape = (len(tokens), self.num_queries, self.num_heads, self.num_tokens)
+        shape = (len(tokens), self.num_queries, self.num_heads, tokens.shape[1])
         if self.training and self.attention_dropout.p:
             keep = self.attention_dropout(scales.new_ones(shape)).flatten(1, 2).mT
         if token_keep is not None:
@@ -179,8 +179,9 @@ class AttendingHead(nn.Module):
             buffers: likewise; running statistics are updated in place when training.
             inputs: the batch.
         """
-        if self.taps:
-            projected = self._attend_embedded(parameters, inputs)
+        own_tokens = self._own_tokens(parameters, inputs)
+        if own_tokens is not None:
+            projected = self._attend_own(own_tokens, parameters, inputs)
         else:
             tokens, scales = inputs.tokens, inputs.scales
             if scales is None:
@@ -205,12 +206,19 @@ class AttendingHead(nn.Module):
         bias = parameters["classifier.bias"][:, None]
         return torch.baddbmm(bias, normed, parameters["classifier.weight"].mT)
 
-    def _attend_embedded(self, parameters: Mapping[str, Tensor], inputs: StackInputs) -> Tensor:
-        """What K heads, each with embeddings of its own, read out of one batch, `(K, B, outputs, width)`."""
-        embeddings, num_probes = self._embeddings(parameters), self.num_queries * self.num_heads
+    def _own_tokens(self, parameters: Mapping[str, Tensor], inputs: StackInputs) -> Iterator[Tensor] | None:
+        """What each of K heads attends over, `(B, N', D)`, one head after the other; `None` where all read the batch."""
+        if not self.taps:
+            return None
+        return (inputs.tokens + embedding for embedding in self._embeddings(parameters))
+
+    def _attend_own(
+        self, own_tokens: Iterator[Tensor], parameters: Mapping[str, Tensor], inputs: StackInputs
+    ) -> Tensor:
+        """What K heads, each with tokens of its own, read out of one batch, `(K, B, outputs, width)`."""
+        num_probes = self.num_queries * self.num_heads
         projected = []
-        for head, embedding in enumerate(embeddings):
-            tokens = inputs.tokens + embedding
+        for head, tokens in enumerate(own_tokens):
             folded = self._fold({name: value[head : head + 1] for name, value in parameters.items()}, len(tokens))
             keep = inputs.attention_keep
             if keep is not None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..configuration_layer_fusion import ATTENDING_HEADS, LayerFusionConfig
+from ..configuration_layer_fusion import ATTENDING_HEADS, MULTI_HEAD_TYPES, LayerFusionConfig
 from ..files import write_file
 from ..recipes import find_recipe
 from ..version import __version__
@@ -267,7 +267,7 @@ def _facts(config: LayerFusionConfig, record: dict[str, Any], head_parameters: i
         ("backbone", f"{code(_shown_backbone(config))}, revision {code(revision)}"),
         ("recipe", recipe),
         ("tokens", tokens),
-        ("head", f"{config.head_type}{_head_parts(config)}, {head_parameters:,} parameters"),
+        ("head", f"{_head_kind(config)}{_head_parts(config)}, {head_parameters:,} parameters"),
         ("labels", _shown_labels(config)),
     ]
     if "dataset" in record:
@@ -276,12 +276,18 @@ def _facts(config: LayerFusionConfig, record: dict[str, Any], head_parameters: i
     return _table(("", ""), rows)
 
 
+def _head_kind(config: LayerFusionConfig) -> str:
+    if config.num_members == 1:
+        return config.head_type
+    return f"ensemble, the mean of the logits of {config.num_members} heads: {config.head_type}"
+
+
 def _head_parts(config: LayerFusionConfig) -> str:
     """Of a head with several queries or with embeddings, what its kind does not say."""
     if config.head_type not in ATTENDING_HEADS:
         return ""
     parts = f", {config.num_queries} queries" if config.num_queries > 1 else ""
-    if parts and config.head_type == "attentive":
+    if parts and config.head_type in MULTI_HEAD_TYPES:
         parts += " whose outputs are averaged" if config.query_fusion == "mean" else " side by side"
     return f"{parts}, embeddings of the tokens' places" if config.token_embeddings else parts
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..bank import TokenBank, TokenCoordinate
 from ..errors import LayerFusionError
-from ..style import BLACK, BLUE, GREEN, GREY, MARKERS, VERMILION, new_figure
+from ..style import BLACK, BLUE, GREEN, GREY, MARKERS, PURPLE, VERMILION, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,6 +35,7 @@ _KINDS = {
     "linear": ("linear", BLUE, MARKERS[0]),
     "alf": ("attentive over layers", VERMILION, MARKERS[1]),
     "aat": ("attentive over all tokens", GREEN, MARKERS[2]),
+    "ridge": ("least squares", PURPLE, MARKERS[4]),
     "": ("other", BLACK, MARKERS[3]),
 }
 # The recipes of the lines of `plot_layer_counts`, from the fewest layers to all.

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..configuration_layer_fusion import ATTENDING_HEADS
 from ..errors import LayerFusionError
 from ..recipes import find_recipe
 from ..sweeps import GRIDS, expand_grid
@@ -104,7 +105,7 @@ class Protocol:
 
     def of(self, recipe: str) -> Protocol:
         """What of the protocol concerns a recipe."""
-        changes = {} if find_recipe(recipe).head_type == "attentive" else dict(self.linear or {})
+        changes = {} if find_recipe(recipe).head_type in ATTENDING_HEADS else dict(self.linear or {})
         return replace(self, **changes, linear=None)
 
     def sweep_options(self, num_rows: int) -> dict[str, Any]:

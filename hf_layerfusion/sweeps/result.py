@@ -76,7 +76,8 @@ class SweepResult:
         best: the chosen setting.
         protocol: everything else that the numbers depend on.
         config: of the chosen head, without a backbone.
-        heads: for each seed, the state dict of the head trained with the chosen setting on all rows.
+        heads: for each seed, the state dict of the head trained with the chosen setting on all rows; of an ensemble, its
+            members' tensors, stacked.
     """
 
     trials: list[dict[str, Any]]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.utils import logging
 
 from ..bank import TokenBank
 from ..configuration_layer_fusion import LayerFusionConfig
@@ -24,6 +25,8 @@ from .meter import Meter
 from .settings import Setting
 from .stack import Trial
 from .state import TrialRun
+
+logger = logging.get_logger(__name__)
 
 # Unknowns of the largest system that is solved: 3 GiB in float64, and minutes on a CPU.
 MAX_SYSTEM = 20_000
@@ -81,11 +84,8 @@ def solve_ridge(
         raise LayerFusionError(
             "no coordinate of these tokens varies over the training rows: there is nothing to learn"
         )
-    if min(num_rows, num_coordinates) > MAX_SYSTEM:
-        raise LayerFusionError(
-            f"{num_rows} rows of {num_coordinates} coordinates: a least-squares head solves a system of up to {MAX_SYSTEM} "
-            "rows or coordinates; choose fewer layers or pools, or a recipe that is trained in steps, such as 'alf'"
-        )
+    if refusal := _refusal(num_rows, num_coordinates):
+        raise LayerFusionError(refusal)
     problem = _Problem(rows, config, mean, scale, root, wanted, device)
     solve = problem.solve_by_rows if num_rows <= num_coordinates else problem.solve_by_coordinates
     heads = []
@@ -99,6 +99,37 @@ def solve_ridge(
         state = {"classifier.weight": weight, "classifier.bias": bias}
         heads.append({name: value.float().cpu().contiguous() for name, value in state.items()})
     return heads
+
+
+def _refusal(num_rows: int, num_coordinates: int) -> str | None:
+    if min(num_rows, num_coordinates) <= MAX_SYSTEM:
+        return None
+    return (
+        f"{num_rows} rows of {num_coordinates} coordinates: a least-squares head solves a system of up to {MAX_SYSTEM} "
+        "rows or coordinates; choose fewer layers or pools, or a recipe that is trained in steps, such as 'alf'"
+    )
+
+
+def solvable(
+    settings: Sequence[Setting], configs: Mapping[Setting, LayerFusionConfig], num_rows: int
+) -> list[Setting]:
+    """The settings without those in closed form that this many rows are too many for, which a warning names.
+
+    Raises:
+        LayerFusionError: if none is left.
+    """
+    refusals: dict[str, str] = {}
+    for setting in settings:
+        if setting.ridge_penalty is not None:
+            config = configs[setting]
+            if refusal := _refusal(num_rows, sum(config.bank.widths(config.layout))):
+                refusals[setting.recipe] = refusal
+    kept = [setting for setting in settings if setting.recipe not in refusals]
+    for recipe, refusal in refusals.items():
+        if not kept:
+            raise LayerFusionError(f"recipe {recipe!r}: {refusal}")
+        logger.warning(f"recipe {recipe!r} is left out: {refusal}")
+    return kept
 
 
 def solve_trials(
@@ -277,4 +308,4 @@ def _solved(gram: Tensor, wanted: Tensor, penalty: float) -> Tensor:
     return torch.cholesky_solve(wanted, factor)
 
 
-__all__ = ["MAX_SYSTEM", "solve_ridge", "solve_trials"]
+__all__ = ["MAX_SYSTEM", "solvable", "solve_ridge", "solve_trials"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import operator
@@ -23,6 +24,7 @@ from transformers.utils import logging
 from ..configuration_layer_fusion import LayerFusionConfig
 from ..errors import LayerFusionError
 from ..features import LayerFeatures
+from ..heads.ensemble import stack_members
 from ..layout import TokenLayout
 from ..training.class_weights import class_weights
 from ..training.run import default_batch_size, default_epochs
@@ -42,7 +44,7 @@ from .inputs import (
     writable_folder,
 )
 from .result import RESULT_NAME, SweepResult
-from .ridge import solve_trials
+from .ridge import solvable, solve_trials
 from .selection import choose, split_rows
 from .settings import FIELDS, Grid, Setting, merge_settings
 from .stack import Trial
@@ -137,11 +139,13 @@ def sweep(
             `recipe="auto"` that one cannot afford.
         plot: write `sweep.png` beside the result.
         progress: show a bar.
-        overrides: further fields of [`LayerFusionConfig`], for all settings.
+        overrides: further fields of [`LayerFusionConfig`], for all settings. With `num_members=K` single heads choose the
+            setting, and the head of a refit seed s is the ensemble of K heads trained from the seeds s * K to s * K + K - 1.
 
     Raises:
         LayerFusionError: for features without labels or with bad values, tokens that they do not hold, a bad option,
-            another sweep in `output_dir`, or if every setting diverged.
+            another sweep in `output_dir`, or if every setting diverged or is a head in closed form that the rows are too
+            many for; where some are left, a warning names those left out.
     """
     started = time.monotonic()
     check_choice("strategy", strategy, STRATEGIES)
@@ -173,8 +177,9 @@ def sweep(
         banks = {s.recipe: config_of(features, s, options, overrides, check=False).bank for s in settings}
         settings = within_budget(settings, banks, layout, features.manifest.dtype, max_bytes_per_image)
     configs = {setting: config_of(features, setting, options, overrides) for setting in settings}
+    settings = solvable(settings, configs, len(features))
     config = configs[settings[0]]
-    bank = functools.reduce(operator.or_, (config.bank for config in configs.values()))
+    bank = functools.reduce(operator.or_, (configs[setting].bank for setting in settings))
     features = features.select_bank(bank)  # what nobody reads need not be finite
     features.check(config.num_labels if config.problem_type == "single_label_classification" else None)
     folds = split_rows(
@@ -277,11 +282,14 @@ def sweep(
         if patience is not None:
             final.stop_after = max(1, round(float(np.mean(epochs)) / protocol.num_epochs * final.num_epochs))
         everything = [Rows(features, None, _weights(labels, config))]
-        _, trained = train("refit", [Trial(best, seed) for seed in refit_seeds], everything, final, True)
+        members = {
+            seed: [Trial(best, one) for one in member_seeds(seed, configs[best].num_members)] for seed in refit_seeds
+        }
+        _, trained = train("refit", list(itertools.chain(*members.values())), everything, final, True)
         states = _gathered(trained, state)
-        if lost := [seed for seed in refit_seeds if Trial(best, seed) not in states]:
+        if lost := [trial.seed for trial in itertools.chain(*members.values()) if trial not in states]:
             raise LayerFusionError(f"training on all rows diverged from seed {lost[0]}: use smaller learning rates")
-        heads = {seed: states[Trial(best, seed)] for seed in refit_seeds}
+        heads = {seed: _one_state([states[trial] for trial in trials]) for seed, trials in members.items()}
         record["refit_epochs"], record["refit_batch_size"] = final.last_epoch, final.batch_size
     if best.balance_classes:
         configs[best].class_weights = _weights(labels, config)
@@ -315,6 +323,20 @@ def _protocol(
         batch_size=batch_size,
         metric=metric or DEFAULT_METRICS[str(config.problem_type)],
     )
+
+
+def member_seeds(seed: int, num_members: int) -> list[int]:
+    """What the members of the ensemble of a seed are trained from: no two ensembles of a size share one."""
+    return [seed * num_members + number for number in range(num_members)]
+
+
+def _one_state(states: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Of one head, or of the ensemble of several, which read the same tokens."""
+    if len(states) == 1:
+        return states[0]
+    prefix = "token_standardizer."
+    of_heads = [{name: value for name, value in state.items() if not name.startswith(prefix)} for state in states]
+    return {**stack_members(of_heads), **{name: states[0][name] for name in states[0] if name.startswith(prefix)}}
 
 
 def _learning_rate_sums(settings: Sequence[Setting], protocol: Protocol, num_rows: int) -> dict[float, float]:

@@ -10,8 +10,8 @@ import torch
 from numpy.random import SeedSequence, default_rng
 from torch import Tensor, nn
 
-from ..configuration_layer_fusion import ATTENDING_HEADS, LayerFusionConfig
-from ..heads import build_head
+from ..configuration_layer_fusion import ATTENDING_HEADS, MULTI_HEAD_TYPES, LayerFusionConfig
+from ..heads import build_member
 from ..heads.stack_inputs import StackInputs
 from ..losses import scaled_logits, stacked_loss
 from ..noise import Mixture, layer_positions
@@ -42,14 +42,14 @@ def shape_of(config: LayerFusionConfig) -> tuple:
     return (
         *(config.head_type, config.hidden_size, tuple(config.bank.coordinates), config.num_labels),
         *(config.num_heads, config.num_queries, config.head_dim_multiplier, config.loss),
-        *(config.query_fusion, config.token_embeddings),
+        *(config.query_fusion, config.token_embeddings, config.stage_queries),
     )
 
 
 def state_bytes(config: LayerFusionConfig, dtype: torch.dtype) -> int:
     """Memory of one head while it is trained: parameters, gradients and two moments."""
     with torch.device("meta"):
-        head = build_head(config)
+        head = build_member(config)
     return 4 * dtype.itemsize * sum(parameter.numel() for parameter in head.parameters())
 
 
@@ -80,7 +80,7 @@ class HeadStack:
         self.loss = config.loss
         self.layers = layer_positions(config.bank)
         with torch.device("meta"):
-            self.head: Any = build_head(config)  # for its shape alone
+            self.head: Any = build_member(config)  # for its shape alone
         states = [first_state(config, trial.seed) for trial, config in zip(trials, configs, strict=True)]
         stacked = {
             name: torch.stack([state[name] for state in states]).to(
@@ -202,7 +202,7 @@ class HeadStack:
             of_probes = token_keep.permute(1, 2, 0).repeat_interleave(queries * heads, dim=2)  # (B, N, K * Q * H)
             kept = inputs.attention_keep
             inputs = replace(inputs, attention_keep=of_probes if kept is None else kept * of_probes)
-        if self.configs[0].head_type == "attentive" and (self.projection_dropout > 0).any():
+        if self.configs[0].head_type in MULTI_HEAD_TYPES and (self.projection_dropout > 0).any():
             uniform = draws.uniform("projection", (rows, queries, width))
             keep = _keep(uniform, self.projection_dropout[:, None, None, None])  # (K, B, Q, D)
             inputs = replace(inputs, projection_keep=keep.to(self.dtype))
@@ -245,7 +245,7 @@ def first_state(config: LayerFusionConfig, seed: int) -> dict[str, Tensor]:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return build_head(config).state_dict()
+            return build_member(config).state_dict()
     finally:
         torch.set_default_dtype(before)
 
