@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import reprlib
 from collections.abc import Iterable, Sequence
@@ -24,7 +25,8 @@ class TokenCoordinate(NamedTuple):
 
     `layer` counts as transformers counts hidden states: 0 is the embedding output, k the output of block (or stage) k.
     The model's own pooled vector has module and pool `"pooler"`. Of all tokens, the pools are `"cls"` and
-    `"patch 0"`, `"patch 1"`, ..., row by row; of a grid of cells `"grid:2 cell 0"`, `"grid:2 cell 1"`, ..., likewise.
+    `"patch 0"`, `"patch 1"`, ..., row by row; of a grid of cells `"grid:2 cell 0"`, `"grid:2 cell 1"`, ..., likewise; of the
+    patches that differ most from their mean `"top 0"`, `"top 1"`, ..., the most different first.
     """
 
     layer: int
@@ -44,6 +46,7 @@ def resolve_layers(spec: LayerSpec, num_layers: int) -> list[int]:
     Args:
         spec: `None` or `"all"` for layers 1 to `num_layers`; an integer n for the last n; a list of layer numbers,
             where 0 is the embedding output and negative numbers count from the end (-1 is the last layer); `"last"`;
+            `"middle"` for layer L / 2, rounded up;
             `"a:b"` for layers a to b, both included, either of them optional; `"spaced:n"` for n equally spaced
             layers that end with the last.
         num_layers: number of blocks L of the backbone.
@@ -56,6 +59,8 @@ def resolve_layers(spec: LayerSpec, num_layers: int) -> list[int]:
         return list(range(1, num_layers + 1))
     if spec == "last":
         return [num_layers]
+    if spec == "middle":
+        return [(num_layers + 1) // 2]
     if isinstance(spec, str):
         first, colon, last = spec.partition(":")
         try:
@@ -75,7 +80,8 @@ def resolve_layers(spec: LayerSpec, num_layers: int) -> list[int]:
             if isinstance(error, LayerFusionError):
                 raise
             raise LayerFusionError(
-                f"layers='{spec}' is not understood: use 'all', 'last', 'a:b', 'spaced:n' or numbers such as '3,6,12'"
+                f"layers='{spec}' is not understood: use 'all', 'middle', 'last', 'a:b', 'spaced:n' or numbers such as "
+                "'3,6,12'"
             ) from error
     if isinstance(spec, int) and not isinstance(spec, bool):
         if not 1 <= spec <= num_layers:
@@ -111,6 +117,24 @@ def is_patch(pool: str) -> bool:
 
 def patch_number(pool: str) -> int:
     return int(pool.removeprefix(_PATCH))
+
+
+_TOP = "top "
+_TOPS = re.compile(r"top:([1-9][0-9]{0,4})")
+
+
+def is_top(pool: str) -> bool:
+    """Whether this stands for the patches that differ most from their mean: `"top:1"` to `"top:99999"`."""
+    return _TOPS.fullmatch(pool) is not None
+
+
+def is_top_patch(pool: str) -> bool:
+    """Whether a pool of a bank is one of those patches, which are ranked from 0."""
+    return pool.startswith(_TOP)
+
+
+def top_rank(pool: str) -> int:
+    return int(pool.removeprefix(_TOP))
 
 
 _GRID = "grid:"
@@ -171,9 +195,11 @@ def cell_place(pool: str) -> tuple[int, int]:
 
 
 def pool_group(pool: str) -> str:
-    """What a pool is shown under where there is little room: `"patches"`, `"grid:2"`, or its own name."""
+    """What a pool is shown under where there is little room: `"patches"`, `"top patches"`, `"grid:2"`, or its own name."""
     if is_patch(pool):
         return "patches"
+    if is_top_patch(pool):
+        return "top patches"
     return pool.partition(" cell ")[0] if is_cell(pool) else pool
 
 
@@ -195,13 +221,14 @@ class TokenBank:
         """All combinations that exist in a backbone: not every layer has every module, or a CLS token.
 
         Args:
-            pools: `"cls"`, the patches' `"mean"` and `"max"`, `"tokens"` for CLS and every patch, and `"grid:k"` for the means
-                over k x k cells; with `@` and layers behind it, such as `"grid:4@spaced:4"`, at those layers only.
+            pools: `"cls"`, the patches' `"mean"` and `"max"`, `"tokens"` for CLS and every patch, `"grid:k"` for the means
+                over k x k cells, and `"top:k"` for the k patches that differ most from their mean, or all where there are
+                fewer; with `@` and layers behind it, such as `"grid:4@spaced:4"`, at those layers only.
             image_size: height and width in pixels, which decide the number of patches; `None` for the native size.
 
         Raises:
-            LayerFusionError: for `"tokens"` and `"grid:k"` where the patches form no grid that is known, for a k that is
-                out of range, and for more tokens than fit.
+            LayerFusionError: for `"tokens"`, `"grid:k"` and `"top:k"` where the patches form no grid that is known, for a k
+                that is out of range, and for more tokens than fit.
         """
         coordinates: list[TokenCoordinate] = []
         where = [pool_layers(pool, layout.num_layers) for pool in pools]
@@ -223,6 +250,15 @@ class TokenBank:
                                 f"{list(image_size or layout.image_size or ())}: choose fewer layers or smaller images"
                             )
                         names += ["cls", *map(patch_pool, range(num_patches))]
+                    elif is_top(pool):
+                        num_patches = math.prod(layout.grid(layer, image_size, pool=pool))
+                        count = min(int(pool.partition(":")[2]), num_patches)
+                        if len(coordinates) + len(names) + count > MAX_TOKENS:
+                            raise LayerFusionError(
+                                f"pools=['{pool}'] gives more than {MAX_TOKENS} tokens at layer {layer}: choose fewer "
+                                "layers or modules, or a smaller number"
+                            )
+                        names += [f"{_TOP}{rank}" for rank in range(count)]
                     elif pool.startswith(_GRID):
                         cells = grid_cells(pool)
                         if layout.kind(module) == "tokens":  # maps are grids in any case
@@ -302,27 +338,39 @@ class TokenBank:
             )
         return [position[c] for c in wanted.coordinates]
 
+    def _singles(self, pool: str) -> list[str]:
+        """The bank's pools that one stands for."""
+        if is_top(pool):
+            count = int(pool.partition(":")[2])
+            return [one for one in self.pools if is_top_patch(one) and top_rank(one) < count] or [pool]
+        return grid_cells(pool) if is_grid(pool) else [pool]
+
     def select(
         self,
         layers: Sequence[int] | None = None,
         modules: Sequence[str] | None = None,
         pools: Sequence[str] | None = None,
     ) -> TokenBank:
-        """The tokens whose coordinate is among the given ones; `None` keeps all. A pool `"grid:k"` keeps all its cells.
+        """The tokens whose coordinate is among the given ones; `None` keeps all. A pool `"grid:k"` keeps all its cells, and
+        `"top:k"` the first k of such patches.
 
         Raises:
             LayerFusionError: if a layer, module or pool is not in the bank, or nothing is left.
         """
         kept = self.coordinates
         if pools is not None:
-            pools = [cell for pool in pools for cell in (grid_cells(pool) if is_grid(pool) else [pool])]
+            pools = [single for pool in pools for single in self._singles(pool)]
         for field, wanted in (("layer", layers), ("module", modules), ("pool", pools)):
             if wanted is None:
                 continue
             have = list(dict.fromkeys(getattr(c, field) for c in self.coordinates))
             absent = [value for value in wanted if value not in have]
             if absent:
-                shown = list(dict.fromkeys(pool_group(pool) if is_cell(str(pool)) else pool for pool in have))
+                shown = list(
+                    dict.fromkeys(
+                        pool_group(pool) if is_cell(str(pool)) or is_top_patch(str(pool)) else pool for pool in have
+                    )
+                )
                 raise LayerFusionError(f"no token of the bank has {field} {absent[0]!r}; it has {shown}")
             kept = tuple(c for c in kept if getattr(c, field) in wanted)
         if not kept:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .bank import TokenBank, is_cell, is_grid, is_patch, pool_layers, resolve_layers
+from .bank import TokenBank, is_cell, is_grid, is_patch, is_top, is_top_patch, pool_layers, resolve_layers
 from .errors import LayerFusionError
 from .hub.safety import FLOAT_TYPES, MAX_LABELS, check_backbone_values, check_dtype
 from .layout import MAX_SIDE, MODULES, TokenLayout
-from .pooling import GRID_POOLS, POOLS
+from .pooling import POOL_FAMILIES, POOLS
 from .recipes import Recipe, find_recipe
 from .version import __version__
 
@@ -79,8 +79,10 @@ class LayerFusionConfig(PreTrainedConfig):
             backbone has.
         pools: `"cls"`, the patches' `"mean"` and `"max"` (of each coordinate), `"tokens"` for CLS and every patch, and
             `"grid:k"`, such as `"grid:2"`, for the means over the cells of a k x k grid over the image, k from 1 to 16,
-            which exist at any image size. With `@` and layers behind it, such as `"grid:4@spaced:4"`, a pool is read at
-            those of `layers` only.
+            which exist at any image size, and `"top:k"`, such as `"top:64"`, for the k patches that differ most from their
+            mean, the most different first, or all where there are fewer: for heads with attention, since a linear head
+            has different weights for the first and the second. With `@` and layers behind it, such as `"grid:4@spaced:4"`, a
+            pool is read at those of `layers` only.
         image_size: height and width in pixels of the images, which `"tokens"` needs to know; `None` for the backbone's
             native size.
         width_alignment: how tokens of several widths come to one: `"pad"` with zeros (the reference), or `"project"`
@@ -279,7 +281,7 @@ class LayerFusionConfig(PreTrainedConfig):
             raise LayerFusionError(
                 f"this backbone has no {absent[0]!r}: its modules are {', '.join(self.layout.modules)}"
             )
-        _check_choices("pools", _pool_names(self.pools), POOLS, is_grid, f", or {GRID_POOLS}")
+        _check_choices("pools", _pool_names(self.pools), POOLS, _is_family, f", {POOL_FAMILIES}")
         model_type = self.backbone_config.model_type
         if model_type in _NOT_ROW_BY_ROW and any(map(is_grid, _pool_names(self.pools))):
             raise LayerFusionError(
@@ -359,7 +361,7 @@ class LayerFusionConfig(PreTrainedConfig):
                 )
             return
         _check_choices("stage_queries", [self.stage_queries], STAGE_QUERIES)
-        if not any(is_cell(pool) or is_patch(pool) for pool in self.bank.pools):
+        if not any(is_cell(pool) or is_patch(pool) or is_top_patch(pool) for pool in self.bank.pools):
             raise LayerFusionError(
                 f"a two_stage head pools the patches or cells of a layer, but layers={self.layers}, modules={self.modules} "
                 f"and pools={self.pools} select none: add a pool such as 'grid:4' or 'tokens', or use "
@@ -467,7 +469,8 @@ def _adapted(
         keeps_cls = all(has_cls) if head_type == "scalar_mix" else any(has_cls)
         pools = [pool for pool in recipe.pools if pool != "cls" or keeps_cls]
         pools = [_fitted(pool, layout.num_layers) for pool in pools]
-        pools = [pool for pool in pools if "grid:" not in pool or _has_grid(pool, layers, layout)] or ["mean"]
+        pools = [pool for pool in pools if "grid:" not in pool or _has_grid(pool, layers, layout)]
+        pools = [pool for pool in pools if "top:" not in pool or _has_patches(pool, layers, layout)] or ["mean"]
     return layers, modules, _as_list(pools)
 
 
@@ -475,7 +478,13 @@ def _fitted(pool: str, num_layers: int) -> str:
     """A recipe's pool; one of n equally spaced or of the last n layers is read at all of a backbone that has fewer."""
     name, _, where = pool.partition("@")
     count = where.removeprefix("spaced:").removeprefix("-").removesuffix(":")
-    return name if count and int(count) > num_layers else pool
+    return name if count.isdigit() and int(count) > num_layers else pool
+
+
+def _has_patches(pool: str, layers: Sequence[int], layout: TokenLayout) -> bool:
+    """Whether the number of patches is known at every layer at which a pool is read."""
+    _, where = pool_layers(pool, layout.num_layers)
+    return all(layout.grids[layer] for layer in layers if layer in where)
 
 
 def _has_grid(pool: str, layers: Sequence[int], layout: TokenLayout) -> bool:
@@ -483,6 +492,10 @@ def _has_grid(pool: str, layers: Sequence[int], layout: TokenLayout) -> bool:
     name, where = pool_layers(pool, layout.num_layers)
     sides = [min(layout.grids[layer] or (0,)) for layer in layers if layer in where]
     return bool(sides) and min(sides) >= int(name.removeprefix("grid:"))
+
+
+def _is_family(pool: str) -> bool:
+    return is_grid(pool) or is_top(pool)
 
 
 def _pool_names(pools: Sequence[Any]) -> list[Any]:

@@ -6,15 +6,19 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from .bank import MAX_GRID, cell_place, grid_pool, is_cell, is_patch, patch_number
+from .bank import MAX_GRID, cell_place, grid_pool, is_cell, is_patch, is_top_patch, patch_number, top_rank
 from .errors import LayerFusionError
 from .layout import TokenLayout
 
 # `"tokens"` stands for CLS and every patch, each of which is then a pool of its own, such as `"patch 17"`.
 POOLS = ("cls", "mean", "max", "tokens")
-# And what stands for a family of pools, in messages and help.
-GRID_POOLS = f"'grid:k' for the means over a k x k grid of cells, k from 1 to {MAX_GRID}"
+# And what stands for families of pools, in messages and help.
+POOL_FAMILIES = (
+    f"'grid:k' for the means over a k x k grid of cells, k from 1 to {MAX_GRID}, or 'top:k' for the k patches that differ most "
+    "from their mean"
+)
 
 
 def pool_activation(
@@ -33,7 +37,8 @@ def pool_activation(
         pools: `"cls"` takes the CLS token, `"mean"` averages the patch tokens, special tokens left out, `"max"` takes the
             largest value of each of their coordinates, `"patch 0"`, `"patch 1"`, ... take single patches, all of which must
             be there, `"grid:k cell 0"`, ... average the patches of a cell of a k x k grid over the image; row i of k is the
-            patches' rows floor(i h / k) to ceil((i + 1) h / k) of h, as in `torch.nn.AdaptiveAvgPool2d`.
+            patches' rows floor(i h / k) to ceil((i + 1) h / k) of h, as in `torch.nn.AdaptiveAvgPool2d`. `"top 0"`, ... take
+            the patches whose direction is furthest from that of the mean of all, the furthest first.
         batch_size: B; the activation of some backbones has another first axis.
         patch_mask: `(B, T)`, which patches are there, where images of several sizes are padded to one number of them.
         image_size: height and width of the images in pixels, which cells need; `None` for the native size.
@@ -42,7 +47,8 @@ def pool_activation(
         `(B, len(pools), D)`, contiguous, in the activation's dtype. A vector is one token already.
 
     Raises:
-        LayerFusionError: for a pool that does not exist here, and for a grid with more cells a side than there are patches.
+        LayerFusionError: for a pool that does not exist here, for a grid with more cells a side than there are patches, and
+            for more `"top"` patches than there are.
     """
     layer, module = tap
     if layout.kind(module) == "vector":
@@ -57,6 +63,14 @@ def pool_activation(
         )
     pooled = []
     cells: dict[int, Tensor] = {}  # by k
+    if num_tops := 1 + max((top_rank(pool) for pool in pools if is_top_patch(pool)), default=-1):
+        if patch_mask is not None or num_tops > patches.shape[1]:
+            raise LayerFusionError(
+                f"the bank has {num_tops} of the patches of {module!r} at layer {layer} that differ most from their mean, but "
+                f"these images give {patches.shape[1]}{', some of which are padding' if patch_mask is not None else ''}: "
+                "they need images of the size that the head was built for (image_size=)"
+            )
+        tops = _tops(patches, num_tops)
     for pool in pools:
         if pool == "cls":
             if not layout.has_cls_at(layer, module):
@@ -69,6 +83,8 @@ def pool_activation(
             pooled.append(patches.amax(dim=1) if patch_mask is None else _masked_max(patches, patch_mask))
         elif is_patch(pool):
             pooled.append(patches[:, patch_number(pool)])
+        elif is_top_patch(pool):
+            pooled.append(tops[:, top_rank(pool)])
         elif is_cell(pool):
             size, number = cell_place(pool)
             if size not in cells:
@@ -81,7 +97,7 @@ def pool_activation(
                 cells[size] = _cell_means(patches, grid, size, layer, image_size or layout.image_size)
             pooled.append(cells[size][:, number])
         else:
-            raise LayerFusionError(f"pool {pool!r} is unknown: use one of {', '.join(POOLS)}, or {GRID_POOLS}")
+            raise LayerFusionError(f"pool {pool!r} is unknown: use one of {', '.join(POOLS)}, {POOL_FAMILIES}")
     return torch.stack(pooled, dim=1)  # (B, P, D)
 
 
@@ -147,6 +163,14 @@ def _cell_means(
         maps = maps.float()  # some devices would round each partial sum
     means = torch.nn.functional.adaptive_avg_pool2d(maps, size)  # (B, D, size, size)
     return means.flatten(2).transpose(1, 2).to(patches.dtype)
+
+
+def _tops(patches: Tensor, count: int) -> Tensor:
+    """Those of `(B, T, D)` with the smallest cosine similarity to their mean, `(B, count, D)`, in that order."""
+    wide = patches.float()
+    similarity = F.cosine_similarity(wide, wide.mean(dim=1, keepdim=True), dim=-1)
+    ranked = similarity.topk(count, dim=1, largest=False).indices
+    return patches.gather(1, ranked[..., None].expand(-1, -1, patches.shape[-1]))
 
 
 def _masked_mean(patches: Tensor, mask: Tensor) -> Tensor:

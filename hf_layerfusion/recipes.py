@@ -137,6 +137,11 @@ RECIPES = {
         pools=_GRID,
         head_options={**_DROPOUT, "num_heads": 16},
     ),
+    "alf-top": Recipe(
+        "Attentive Layer Fusion over all layers and the 64 patches of the middle one that differ most from their mean, 8 heads",
+        pools=("cls", "mean", "top:64@middle"),
+        head_options={**_DROPOUT, "num_heads": 8},
+    ),
     "alf-two-stage": Recipe(
         "as `alf-grid`, after a learned query per layer has pooled its cells",
         pools=_GRID,

@@ -132,6 +132,7 @@ ADAPTED = {
 def test_recipes_adapt_to_a_backbone_without_cls_or_final_norm(recipe, case):
     config = LayerFusionConfig(backbone_config=VIT, token_layout=ADAPTED[case], recipe=recipe)
     more = ["max"] if recipe == "ridge-max" else []  # of all layers, since there are fewer than eight
+    more += ["top:64@middle"] if recipe == "alf-top" else []
     more += ["grid:4@spaced:4"] if recipe.endswith(("-grid", "-two-stage", "-max")) else []
     assert config.pools == (["tokens"] if recipe.startswith("aat") or recipe == "ep" else ["mean", *more])
     if recipe.startswith("linear-last"):

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from modeling_helpers import (
@@ -11,12 +12,13 @@ from modeling_helpers import (
     OTHER_BACKBONES,
     TABLE_BACKBONES,
     ScriptedBackbone,
+    build_attending_model,
     images,
     patchify,
     tiny_backbone,
 )
 
-from hf_layerfusion import LayerFusionError, TokenBank
+from hf_layerfusion import LayerFusionConfig, LayerFusionError, TokenBank
 from hf_layerfusion.layout import TapLayout, TokenLayout
 from hf_layerfusion.pooling import pad_width, pool_activation, split_tokens
 from hf_layerfusion.probe import describe_backbone
@@ -409,3 +411,62 @@ def test_gradients_flow_through_the_bank():
     assert (
         backbone.encoder.layer[-1].norm2.weight.grad is None or not backbone.encoder.layer[-1].norm2.weight.grad.any()
     )
+
+
+# ---- the patches that differ most from their mean ---------------------------------------------------------------
+
+
+def test_top_patches_are_those_whose_direction_is_furthest_from_the_mean():
+    tokens = torch.randn(3, 1 + NUM_PATCHES, WIDTH) + 1
+    patches = tokens[:, 1:].double().numpy()
+    mean = patches.mean(axis=1, keepdims=True)
+    norms = np.linalg.norm(patches, axis=-1) * np.linalg.norm(mean, axis=-1)
+    order = ((patches * mean).sum(axis=-1) / norms).argsort(axis=1)
+    pools = [f"top {rank}" for rank in range(5)]
+    found = pool_activation(tokens, special_layout("vit"), BLOCK, ["cls", *pools], 3)
+    assert torch.equal(found[:, 0], tokens[:, 0])
+    for row in range(3):
+        assert torch.equal(found[row, 1:], tokens[row, 1:][order[row, :5]])
+    assert torch.equal(pool_activation(tokens, special_layout("vit"), BLOCK, ["top 3"], 3), found[:, 4:5])
+    every = pool_activation(tokens, special_layout("vit"), BLOCK, [f"top {n}" for n in range(NUM_PATCHES)], 3)
+    torch.testing.assert_close(every.sum(dim=1), tokens[:, 1:].sum(dim=1))
+
+
+def test_top_patches_need_as_many_patches_as_there_were():
+    with pytest.raises(
+        LayerFusionError, match=r"the bank has 20 of the patches of 'block' at layer 1 .* give 16: they"
+    ):
+        pool_activation(torch.randn(2, 17, WIDTH), special_layout("vit"), BLOCK, ["top 19"], 2)
+    mask = torch.ones(2, 16)
+    with pytest.raises(LayerFusionError, match="16, some of which are padding"):
+        pool_activation(torch.randn(2, 17, WIDTH), special_layout("vit"), BLOCK, ["top 0"], 2, mask)
+
+
+def test_banks_of_top_patches():
+    layout = TokenLayout.of_plain_vit(8, 5, image_size=32, patch_size=8)
+    bank = TokenBank.build([1, 3, 5], ["block"], ["cls", "top:3@middle"], layout)
+    assert bank.names[1:5] == ["layer 3 · block · cls", *(f"layer 3 · block · top {rank}" for rank in range(3))]
+    assert len(bank) == 6
+    assert bank.select(pools=["top:2"]).names == ["layer 3 · block · top 0", "layer 3 · block · top 1"]
+    assert [group.pool for group in bank.groups] == ["cls", "cls", "top patches", "cls"]
+    assert len(TokenBank.build([1], ["block"], ["top:99"], layout)) == 16, "all that there are"
+    assert len(TokenBank.build([1], ["block"], ["top:99"], layout, [64, 64])) == 64
+    with pytest.raises(LayerFusionError, match=re.escape("no token of the bank has pool 'top:2'; it has ['mean']")):
+        TokenBank.build([1], ["block"], ["mean"], layout).select(pools=["top:2"])
+
+
+@pytest.mark.parametrize("pool", ["top:0", "top:", "top:-1", "top:1.5", "top:02", "top:999999", "top 3", "top:٢"])
+def test_other_names_stand_for_no_top_patches(pool):
+    with pytest.raises(LayerFusionError, match=re.escape(f"pools {pool!r} is unknown: choose from")):
+        LayerFusionConfig(pools=["cls", pool])
+
+
+def test_a_head_reads_top_patches_live_as_from_the_bank():
+    model = build_attending_model(pools=["cls", "mean", "top:3@middle"])
+    assert model.config.token_names.count("layer 2 · block · top 2") == 1
+    pixels = images()
+    with torch.no_grad():
+        live = model.eval()(pixel_values=pixels)
+        tokens = model.extract_layer_features(pixels)
+        torch.testing.assert_close(model(layer_features=tokens).logits, live.logits)
+    assert live.logits.std() > 0

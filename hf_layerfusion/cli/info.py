@@ -72,6 +72,8 @@ def _token_lines(bank: TokenBank) -> list[str]:
     for group, positions in bank.groups.items():
         if is_cell(group.pool):
             lines.append(f"{group.name} ({len(positions)} cells)")
+        elif group.pool == "top patches":
+            lines.append(f"{group.name} ({len(positions)})")
         else:
             lines += [bank.coordinates[position].name for position in positions]
     return lines

@@ -27,7 +27,7 @@ from ..files import staged_file
 from ..images import process_image, stack_images
 from ..layout import MODULES
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
-from ..pooling import GRID_POOLS, POOLS
+from ..pooling import POOL_FAMILIES, POOLS
 from ..recipes import RECIPES
 from ..training.collators import ImageCollator
 from ..training.metrics import without_timings
@@ -118,7 +118,7 @@ def add_backbone_options(parser: argparse.ArgumentParser, *, required: bool = Tr
         "and need an equals sign: --layers=-1,-2)",
     )
     group.add_argument("--modules", help=f"comma-separated, from {', '.join(MODULES)}")
-    group.add_argument("--pools", help=f"comma-separated, from {', '.join(POOLS)}, and {GRID_POOLS}")
+    group.add_argument("--pools", help=f"comma-separated, from {', '.join(POOLS)}, {POOL_FAMILIES}")
     group.add_argument(
         "--image_size", type=number(int, at_least=1), help="pixels, if other than the backbone's processor says"
     )

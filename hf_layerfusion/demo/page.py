@@ -317,6 +317,8 @@ def _rows(bank: TokenBank) -> list[tuple[str, list[int]]]:
         name = group.name
         if group.pool == "patches":
             name = f"{name.rsplit(' · ', 1)[0]} · {len(positions)} patches"
+        elif group.pool == "top patches":
+            name = f"{name} ({len(positions)})"
         elif is_cell(group.pool):
             name = f"{name} ({len(positions)} cell{_s(len(positions))})"
         named.append((name, positions))

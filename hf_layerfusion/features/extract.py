@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..backbones import execution_device
-from ..bank import TokenBank, is_patch
+from ..bank import TokenBank, is_patch, is_top_patch
 from ..errors import LayerFusionError
 from ..files import staged_file
 from ..images import augment_image
@@ -168,7 +168,11 @@ def extract_features(
             "versions": _versions(),
             "dataset": source.identity,
             # Only where the tokens depend on it, so that other caches keep their ingredients.
-            **({"image_size": model.config.image_size} if any(is_patch(c.pool) for c in bank.coordinates) else {}),
+            **(
+                {"image_size": model.config.image_size}
+                if any(is_patch(c.pool) or is_top_patch(c.pool) for c in bank.coordinates)
+                else {}
+            ),
         },
     )
     manifest = _resume(output_dir, manifest, overwrite, share)
