@@ -54,7 +54,7 @@ FAMILIES = {
     ),
     "vit, two stages": (
         lambda: ViTModel(ViTConfig(**SHALLOW), add_pooling_layer=False),
-        {"head_type": "two_stage", "pools": ["cls", "grid:2"]},
+        {"head_type": "two_stage", "pools": ["cls", "max", "top:2@middle", "grid:2"]},
     ),
     "clip, linear": (lambda: CLIPVisionModel(CLIPVisionConfig(**SHALLOW)), {"recipe": "linear-all"}),
     "siglip, scalar mix": (
