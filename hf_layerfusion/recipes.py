@@ -179,9 +179,9 @@ RECIPES = {
         weight_decay=1e-4,
     ),
     "auto": Recipe(
-        "whichever of `ridge-max`, `ridge-all` and `alf` does best on validation rows",
+        "whichever of `ridge-grid`, `ridge-all`, `alf-top` and `alf` does best on validation rows",
         kind="choice",
-        candidates=("ridge-max", "ridge-all", "alf"),
+        candidates=("ridge-grid", "ridge-all", "alf-top", "alf"),
     ),
     "knn-last": Recipe(
         "k nearest neighbours by the last CLS token",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import Ridge
-from sweep_helpers import BANK, CLASSES, LAYERS, ROWS, WIDTH, class_labels, learnable_tokens, write_features
+from sweep_helpers import CLASSES, LAYERS, ROWS, WIDTH, class_labels, learnable_tokens, write_features
 
 from hf_layerfusion import LayerFusionConfig, LayerFusionError, SweepResult, sweep
 from hf_layerfusion.bank import TokenBank
@@ -17,8 +17,6 @@ from hf_layerfusion.sweeps import expand_grid, ridge, solve_ridge
 from hf_layerfusion.sweeps.settings import RIDGE_PENALTIES
 from hf_layerfusion.training import build_trainer
 
-# What the candidates of `auto` read: the tests' layout has no grid, and fewer than eight layers.
-AUTO_BANK = [*BANK, *([layer, "block", "max"] for layer in range(1, LAYERS + 1))]
 GRID_BANK = [[layer, "block", pool] for layer in (1, 2) for pool in ("cls", "grid:2 cell 0", "grid:2 cell 1")]
 
 
@@ -175,7 +173,7 @@ def test_sweep_chooses_a_penalty_and_builds_an_ordinary_head(tmp_path):
 
 @pytest.mark.parametrize("recipe", ["ridge-all", ["ridge-all", "ridge-last"], "auto"])
 def test_figures(tmp_path, recipe, caplog):
-    features = write_features(tmp_path / "features", bank=AUTO_BANK)
+    features = write_features(tmp_path / "features")
     sweep(
         features, recipe=recipe, grid={"learning_rate": [0.1, 0.01]}, num_epochs=2, output_dir=tmp_path, progress=False
     )
@@ -192,7 +190,7 @@ def test_validation_rows_are_not_solved_for(tmp_path):
 
 
 def test_auto_stands_for_its_candidates(tmp_path):
-    features = write_features(tmp_path, bank=AUTO_BANK)
+    features = write_features(tmp_path)
     candidates = RECIPES["auto"].candidates
     result = sweep(features, recipe="auto", grid="fast", num_epochs=2, progress=False)
     assert {setting.recipe for setting in result.settings} == set(candidates)
@@ -202,7 +200,7 @@ def test_auto_stands_for_its_candidates(tmp_path):
     assert set(recipe_bank("auto", layout).coordinates) == {
         coordinate for name in candidates for coordinate in recipe_bank(name, layout).coordinates
     }
-    with pytest.raises(LayerFusionError, match="recipe 'auto' chooses among ridge-max, ridge-all, alf"):
+    with pytest.raises(LayerFusionError, match="recipe 'auto' chooses among ridge-grid, ridge-all, alf-top, alf"):
         LayerFusionConfig(recipe="auto")
 
 
