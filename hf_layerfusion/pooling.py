@@ -63,7 +63,8 @@ def pool_activation(
         )
     pooled = []
     cells: dict[int, Tensor] = {}  # by k
-    if num_tops := 1 + max((top_rank(pool) for pool in pools if is_top_patch(pool)), default=-1):
+    if ranks := [top_rank(pool) for pool in pools if is_top_patch(pool)]:
+        num_tops = 1 + max(ranks)
         if patch_mask is not None or num_tops > patches.shape[1]:
             raise LayerFusionError(
                 f"the bank has {num_tops} of the patches of {module!r} at layer {layer} that differ most from their mean, but "
