@@ -141,6 +141,7 @@ RECIPES = {
         "Attentive Layer Fusion over all layers and the 64 patches of the middle one that differ most from their mean, 8 heads",
         pools=("cls", "mean", "top:64@middle"),
         head_options={**_DROPOUT, "num_heads": 8},
+        learning_rate=1e-3,
     ),
     "alf-two-stage": Recipe(
         "as `alf-grid`, after a learned query per layer has pooled its cells",
