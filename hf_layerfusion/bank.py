@@ -194,6 +194,16 @@ def cell_place(pool: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def is_local(pool: str) -> bool:
+    """Whether a pool of a bank is of a part of the image: a patch, by place or by rank, or a cell."""
+    return is_patch(pool) or is_top_patch(pool) or is_cell(pool)
+
+
+def top_count(pool: str) -> int:
+    """The k of `"top:k"`."""
+    return int(pool.partition(":")[2])
+
+
 def pool_group(pool: str) -> str:
     """What a pool is shown under where there is little room: `"patches"`, `"top patches"`, `"grid:2"`, or its own name."""
     if is_patch(pool):
@@ -252,7 +262,7 @@ class TokenBank:
                         names += ["cls", *map(patch_pool, range(num_patches))]
                     elif is_top(pool):
                         num_patches = math.prod(layout.grid(layer, image_size, pool=pool))
-                        count = min(int(pool.partition(":")[2]), num_patches)
+                        count = min(top_count(pool), num_patches)
                         if len(coordinates) + len(names) + count > MAX_TOKENS:
                             raise LayerFusionError(
                                 f"pools=['{pool}'] gives more than {MAX_TOKENS} tokens at layer {layer}: choose fewer "
@@ -341,8 +351,7 @@ class TokenBank:
     def _singles(self, pool: str) -> list[str]:
         """The bank's pools that one stands for."""
         if is_top(pool):
-            count = int(pool.partition(":")[2])
-            return [one for one in self.pools if is_top_patch(one) and top_rank(one) < count] or [pool]
+            return [one for one in self.pools if is_top_patch(one) and top_rank(one) < top_count(pool)] or [pool]
         return grid_cells(pool) if is_grid(pool) else [pool]
 
     def select(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .bank import TokenBank, is_cell, is_grid, is_patch, is_top, is_top_patch, pool_layers, resolve_layers
+from .bank import TokenBank, is_grid, is_local, is_top, pool_layers, resolve_layers
 from .errors import LayerFusionError
 from .hub.safety import FLOAT_TYPES, MAX_LABELS, check_backbone_values, check_dtype
 from .layout import MAX_SIDE, MODULES, TokenLayout
@@ -361,7 +361,7 @@ class LayerFusionConfig(PreTrainedConfig):
                 )
             return
         _check_choices("stage_queries", [self.stage_queries], STAGE_QUERIES)
-        if not any(is_cell(pool) or is_patch(pool) or is_top_patch(pool) for pool in self.bank.pools):
+        if not any(map(is_local, self.bank.pools)):
             raise LayerFusionError(
                 f"a two_stage head pools the patches or cells of a layer, but layers={self.layers}, modules={self.modules} "
                 f"and pools={self.pools} select none: add a pool such as 'grid:4' or 'tokens', or use "

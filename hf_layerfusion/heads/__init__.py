@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..bank import TokenBank, is_cell, is_patch, is_top_patch
+from ..bank import TokenBank, is_local
 from ..errors import LayerFusionError
 from .attending import AttendingHead
 from .attentive import AttentiveFusionHead
@@ -63,7 +63,7 @@ def _patches_and_cells(bank: TokenBank) -> list[list[int]]:
     """Positions of the patches and cells of each tap that has some."""
     positions: dict[tuple[int, str], list[int]] = {}
     for position, (layer, module, pool) in enumerate(bank.coordinates):
-        if is_patch(pool) or is_cell(pool) or is_top_patch(pool):
+        if is_local(pool):
             positions.setdefault((layer, module), []).append(position)
     return list(positions.values())
 

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..analysis.similarity import linear_cka
-from ..bank import TokenBank, is_cell, is_patch, is_top_patch
+from ..bank import TokenBank, is_local
 from ..configuration_layer_fusion import recipe_bank
 from ..errors import LayerFusionError
 from ..features import LayerFeatures, extract_features
@@ -348,14 +348,7 @@ class _Part:
         """The pooled block outputs that the recipes read; nothing, if those are of one layer."""
         banks = [bank for recipe, bank in self.banks.items() if find_recipe(recipe).kind != "fine_tune"]
         tokens = dict.fromkeys(c for bank in banks for c in bank.coordinates)
-        kept = [
-            c
-            for c in tokens
-            if c.module in ("block", "final_norm")
-            and not is_patch(c.pool)
-            and not is_cell(c.pool)
-            and not is_top_patch(c.pool)
-        ]
+        kept = [c for c in tokens if c.module in ("block", "final_norm") and not is_local(c.pool)]
         return TokenBank(tuple(sorted(kept))) if len({c.layer for c in kept}) > 1 else None
 
 
