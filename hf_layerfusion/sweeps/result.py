@@ -27,7 +27,7 @@ from ..files import write_file
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
 from .meter import LOSSES
 from .selection import rank, spread
-from .settings import FIELDS, LATER_FIELDS, Setting
+from .settings import FIELDS, LATER_FIELDS, RIDGE_PENALTIES, Setting
 
 if TYPE_CHECKING:
     import pandas
@@ -125,12 +125,15 @@ class SweepResult:
     def at_edge(self) -> dict[str, str]:
         """Where the grid may be too narrow: `"smallest"` or `"largest"` for a learning rate, decay or penalty at its end.
 
-        Only where no other value of the field, with the same recipe, does as well.
+        Only where no other value of the field, with the same recipe, does as well; and not for the default penalties, which
+        are few because choosing among more was measured to be worse (docs/beyond.md).
         """
         rows = [row for row in self.summary() if row["recipe"] == self.best.recipe]
         found = {}
         for name in ("learning_rate", "weight_decay", "ridge_penalty"):
             chosen = getattr(self.best, name)
+            if name == "ridge_penalty" and {row[name] for row in rows} == set(RIDGE_PENALTIES):
+                continue
             others = [row for row in rows if row[name] != chosen]
             if not others or any(row["mean"] >= self.best_score for row in others):
                 continue
