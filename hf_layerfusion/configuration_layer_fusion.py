@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .bank import TokenBank, is_grid, is_local, is_top, pool_layers, resolve_layers
+from .bank import TokenBank, is_grid, is_local, is_top
 from .errors import LayerFusionError
 from .hub.safety import FLOAT_TYPES, MAX_LABELS, check_backbone_values, check_dtype
 from .layout import MAX_SIDE, MODULES, TokenLayout
 from .pooling import POOL_FAMILIES, POOLS
+from .recipe_tokens import adapt_recipe
 from .recipes import Recipe, find_recipe
 from .version import __version__
 
@@ -246,7 +245,7 @@ class LayerFusionConfig(PreTrainedConfig):
         layout = _plain_layout(self.backbone_config) if measured is None else TokenLayout.from_dict(measured)
         self.token_layout = layout.to_dict()
         self.head_type = self.head_type or recipe.head_type
-        chosen = _adapted(recipe, layout, self.layers, self.modules, self.pools, self.head_type)
+        chosen = adapt_recipe(recipe, layout, self.layers, self.modules, self.pools, self.head_type)
         self.layers, self.modules, self.pools = chosen
         if self.image_size is not None:
             self.image_size = _as_size(self.image_size)
@@ -427,73 +426,6 @@ _NOT_CHOSEN = (
 HEAD_OPTIONS = (*(name for name in LayerFusionConfig.__annotations__ if name not in _NOT_CHOSEN), "problem_type")
 
 
-def recipe_bank(name: str, layout: TokenLayout, image_size: Sequence[int] | None = None) -> TokenBank:
-    """The tokens that a recipe of any kind reads from a backbone.
-
-    Args:
-        name: of the recipe.
-        layout: of the backbone.
-        image_size: height and width in pixels, for recipes that read all tokens; `None` for the native size.
-
-    Raises:
-        LayerFusionError: if the backbone has none of them.
-    """
-    recipe = find_recipe(name)
-    if recipe.candidates:
-        banks = (recipe_bank(candidate, layout, image_size) for candidate in recipe.candidates)
-        return functools.reduce(operator.or_, banks)
-    layers, modules, pools = _adapted(recipe, layout, None, None, None, recipe.head_type)
-    if absent := [module for module in modules if module not in layout.modules]:
-        raise LayerFusionError(
-            f"recipe {name!r} reads {absent[0]!r}, which this backbone does not have: its modules are "
-            f"{', '.join(layout.modules)}"
-        )
-    bank = TokenBank.build(layers, modules, pools, layout, image_size)
-    if not len(bank):
-        raise LayerFusionError(f"recipe {name!r} finds none of its tokens in this backbone")
-    return bank
-
-
-def _adapted(
-    recipe: Recipe, layout: TokenLayout, layers: Any, modules: Any, pools: Any, head_type: str
-) -> tuple[list[int], list[str], list[str]]:
-    """Layers, modules and pools: what was asked for, and what of a recipe's own a backbone has."""
-    layers = resolve_layers(recipe.layers if layers is None else layers, layout.num_layers)
-    if modules is None:
-        # Not every backbone has a norm behind its last block: a recipe adapts, a module that was asked for does not.
-        modules = [m for m in recipe.modules if m != "final_norm" or m in layout.modules] or ["block"]
-    modules = _as_list(modules)
-    if pools is None:
-        # Likewise for the CLS token, which some hierarchical backbones have in their last stage only.
-        has_cls = [layout.has_cls_at(layer, module) for layer in layers for module in modules]
-        keeps_cls = all(has_cls) if head_type == "scalar_mix" else any(has_cls)
-        pools = [pool for pool in recipe.pools if pool != "cls" or keeps_cls]
-        pools = [_fitted(pool, layout.num_layers) for pool in pools]
-        pools = [pool for pool in pools if "grid:" not in pool or _has_grid(pool, layers, layout)]
-        pools = [pool for pool in pools if "top:" not in pool or _has_patches(pool, layers, layout)] or ["mean"]
-    return layers, modules, _as_list(pools)
-
-
-def _fitted(pool: str, num_layers: int) -> str:
-    """A recipe's pool; one of n equally spaced or of the last n layers is read at all of a backbone that has fewer."""
-    name, _, where = pool.partition("@")
-    count = where.removeprefix("spaced:").removeprefix("-").removesuffix(":")
-    return name if count.isdigit() and int(count) > num_layers else pool
-
-
-def _has_patches(pool: str, layers: Sequence[int], layout: TokenLayout) -> bool:
-    """Whether the number of patches is known at every layer at which a pool is read."""
-    _, where = pool_layers(pool, layout.num_layers)
-    return all(layout.grids[layer] for layer in layers if layer in where)
-
-
-def _has_grid(pool: str, layers: Sequence[int], layout: TokenLayout) -> bool:
-    """Whether every layer at which a pool is read has a grid of at least as many cells a side."""
-    name, where = pool_layers(pool, layout.num_layers)
-    sides = [min(layout.grids[layer] or (0,)) for layer in layers if layer in where]
-    return bool(sides) and min(sides) >= int(name.removeprefix("grid:"))
-
-
 def _is_family(pool: str) -> bool:
     return is_grid(pool) or is_top(pool)
 
@@ -595,12 +527,6 @@ def _plain_layout(backbone_config: PreTrainedConfig) -> TokenLayout:
         getattr(backbone_config, "intermediate_size", None),
         **({"image_size": image_size, "patch_size": patch_size} if is_square else {}),
     )
-
-
-def _as_list(values: Any) -> list[str]:
-    if not isinstance(values, str | list | tuple):
-        raise LayerFusionError(f"modules and pools are lists of names, not {reprlib.repr(values)}")
-    return [values] if isinstance(values, str) else list(values)
 
 
 def _check_loss(loss: str, problem_type: str | None) -> None:

@@ -14,9 +14,9 @@ from hf_layerfusion import (
     extract_features,
     sweep,
 )
-from hf_layerfusion.configuration_layer_fusion import recipe_bank
 from hf_layerfusion.features import token_statistics
 from hf_layerfusion.losses import LOGIT_SCALE
+from hf_layerfusion.recipe_tokens import recipe_bank
 from hf_layerfusion.training import build_trainer
 
 NARROW, WIDE, ROWS = 16, 32, 40

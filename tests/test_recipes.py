@@ -8,8 +8,8 @@ from modeling_helpers import HIDDEN_SIZE, NUM_LAYERS, NUM_PATCHES, images, tiny_
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_layerfusion import RECIPES, LayerFusionConfig, LayerFusionError, ViTForAttentiveLayerFusionClassification
-from hf_layerfusion.configuration_layer_fusion import recipe_bank
 from hf_layerfusion.layout import BLOCK_MODULES, TapLayout, TokenLayout
+from hf_layerfusion.recipe_tokens import recipe_bank
 from hf_layerfusion.recipes import FAMILIES, KINDS, expand_recipes, find_recipe
 
 PLAIN = TokenLayout.of_plain_vit(16, 12, image_size=32, patch_size=8)

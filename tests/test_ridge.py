@@ -10,8 +10,8 @@ from sweep_helpers import CLASSES, LAYERS, ROWS, WIDTH, class_labels, learnable_
 
 from hf_layerfusion import LayerFusionConfig, LayerFusionError, SweepResult, sweep
 from hf_layerfusion.bank import TokenBank
-from hf_layerfusion.configuration_layer_fusion import recipe_bank
 from hf_layerfusion.losses import LOGIT_SCALE
+from hf_layerfusion.recipe_tokens import recipe_bank
 from hf_layerfusion.recipes import RECIPES, find_recipe
 from hf_layerfusion.sweeps import expand_grid, ridge, solve_ridge
 from hf_layerfusion.sweeps.settings import RIDGE_PENALTIES

@@ -199,7 +199,7 @@ def test_a_neighbour_that_diverged_is_no_edge():
     [({}, {}), ({"ridge_penalty": [0.01, 0.1, 1.0]}, {"ridge_penalty": "smallest"})],
 )
 def test_the_default_penalties_have_no_edge(grid, expected):
-    found = made_up(grid, ("ridge-all",), score=lambda setting, seed, fold: 1 - setting.ridge_penalty / 10)
+    found = made_up(grid, ("ridge-all",), score=lambda setting, *_: 1 - setting.ridge_penalty / 10)
     assert len(found.settings) == 3
     assert found.at_edge == expected
 

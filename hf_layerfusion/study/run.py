@@ -28,7 +28,6 @@ from transformers.utils import logging
 
 from ..analysis.similarity import linear_cka
 from ..bank import TokenBank, is_local
-from ..configuration_layer_fusion import recipe_bank
 from ..errors import LayerFusionError
 from ..features import LayerFeatures, extract_features
 from ..features.manifest import plain_values
@@ -36,6 +35,7 @@ from ..files import write_json
 from ..images import processed_size
 from ..layout import TokenLayout
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
+from ..recipe_tokens import recipe_bank
 from ..recipes import expand_recipes, find_recipe
 from ..version import __version__
 from .config import BackboneEntry, DatasetEntry, StudyConfig
