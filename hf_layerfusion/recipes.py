@@ -28,10 +28,10 @@ class Recipe:
         learning_rate: what `build_trainer` uses unless told otherwise; how it was chosen stands in docs/architecture.md.
         weight_decay: likewise.
         kind: `"head"`; `"estimator"` for a model of scikit-learn on the tokens, fitted by `fit_estimator`; `"fine_tune"`
-            for a backbone that is trained too, by `fine_tune`; `"choice"` for whichever of `candidates` does best on
-            validation rows.
+            for a backbone that is trained too, by `fine_tune`; `"choice"` for one of `candidates`, chosen on
+            validation rows by `sweep`.
         estimator: which one.
-        candidates: names of recipes, of a choice.
+        candidates: names of recipes, of a choice; where validation rows cannot tell them apart, the first is taken.
         solver: of a head, `"steps"` by AdamW, or `"ridge"`, the closed form of a linear head (`solve_ridge`).
     """
 
@@ -180,7 +180,7 @@ RECIPES = {
         weight_decay=1e-4,
     ),
     "auto": Recipe(
-        "whichever of `ridge-grid`, `ridge-all`, `alf-top` and `alf` does best on validation rows",
+        "the first of `ridge-grid`, `ridge-all`, `alf-top` and `alf` within a standard error of the best on validation rows",
         kind="choice",
         candidates=("ridge-grid", "ridge-all", "alf-top", "alf"),
     ),

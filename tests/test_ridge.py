@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,10 +13,13 @@ from sweep_helpers import CLASSES, LAYERS, ROWS, WIDTH, class_labels, learnable_
 
 from hf_layerfusion import LayerFusionConfig, LayerFusionError, SweepResult, sweep
 from hf_layerfusion.bank import TokenBank
+from hf_layerfusion.cli.sweep import Found, describe
 from hf_layerfusion.losses import LOGIT_SCALE
 from hf_layerfusion.recipe_tokens import recipe_bank
 from hf_layerfusion.recipes import RECIPES, find_recipe
-from hf_layerfusion.sweeps import expand_grid, ridge, solve_ridge
+from hf_layerfusion.sweeps import Setting, expand_grid, ridge, solve_ridge
+from hf_layerfusion.sweeps.meter import Meter
+from hf_layerfusion.sweeps.selection import choose_recipe, share_error
 from hf_layerfusion.sweeps.settings import RIDGE_PENALTIES
 from hf_layerfusion.training import build_trainer
 
@@ -202,6 +208,57 @@ def test_auto_stands_for_its_candidates(tmp_path):
     }
     with pytest.raises(LayerFusionError, match="recipe 'auto' chooses among ridge-grid, ridge-all, alf-top, alf"):
         LayerFusionConfig(recipe="auto")
+
+
+@pytest.mark.parametrize(
+    ("scores", "error", "expected"),
+    [
+        ({"ridge-grid": 0.80, "ridge-all": 0.81, "alf": 0.82}, 0.0, "alf"),
+        ({"ridge-grid": 0.80, "ridge-all": 0.81, "alf": 0.82}, 0.01, "ridge-all"),
+        ({"ridge-grid": 0.80, "ridge-all": 0.81, "alf": 0.82}, 0.02, "ridge-grid"),
+        ({"ridge-grid": math.nan, "ridge-all": 0.81, "alf": 0.82}, 0.5, "ridge-all"),
+        ({"linear-all": 0.82, "alf": 0.60}, 0.1, "linear-all"),  # which is not among the preferred, but far better
+    ],
+)
+def test_of_recipes_that_are_hard_to_tell_apart_the_first_is_chosen(scores, error, expected):
+    by_setting = {Setting(recipe=name, learning_rate=0.1, weight_decay=0.0): [score] for name, score in scores.items()}
+    worse = {replace(setting, weight_decay=1.0): [score - 1e-3] for setting, (score,) in by_setting.items()}
+    chosen = choose_recipe({**worse, **by_setting}, RECIPES["auto"].candidates, error + 1e-9)
+    assert (chosen.recipe, chosen.weight_decay) == (expected, 0.0)
+
+
+@pytest.mark.parametrize(("share", "rows", "expected"), [(0.5, 100, 0.05), (0.9, 400, 0.015), (1 + 2e-16, 9, 0.0)])
+def test_error_of_a_share(share, rows, expected):
+    assert share_error(share, rows) == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.parametrize("rows", [60, 600])
+def test_auto_takes_attention_only_where_it_is_ahead_for_sure(tmp_path, monkeypatch, rows):
+    """The same scores from few rows and from many: of least squares 0.80, of attention 0.84."""
+    labels = np.arange(rows) % CLASSES
+    features = write_features(tmp_path, labels, torch.randn(rows, 14, WIDTH, generator=torch.manual_seed(0)))
+    monkeypatch.setattr(
+        Meter, "scores", lambda self: [0.84 if self.config.recipe == "alf" else 0.80] * len(self.is_finite)
+    )
+    result = sweep(features, recipe="auto", grid="fast", num_epochs=1, num_folds=5, progress=False)
+    error = math.sqrt(0.84 * 0.16 / rows)
+    assert result.protocol["standard_error"] == pytest.approx(error)
+    expected, score = ("alf", 0.84) if rows == 600 else ("ridge-grid", 0.80)
+    assert result.best.recipe == result.summary()[0]["recipe"] == result.build_model().config.recipe == expected
+    assert result.best_score == pytest.approx(score)
+    result.save(tmp_path / "sweep", plot=False)
+    assert SweepResult.load(tmp_path / "sweep").summary()[0]["recipe"] == expected
+    named = sweep(features, recipe=RECIPES["auto"].candidates, grid="fast", num_epochs=1, num_folds=5, progress=False)
+    assert named.best.recipe == "alf"  # who names recipes compares them
+    notes = [line for line in describe(Found(result, 1.0)).splitlines() if line.startswith("note: ")]
+    assert notes == (
+        []
+        if rows == 600
+        else [
+            f"note: alf scored higher by less than the standard error ({error:.3f}), so ridge-grid, which comes before it "
+            "in auto, is taken"
+        ]
+    )
 
 
 def test_budget_leaves_out_what_takes_more(tmp_path):

@@ -43,6 +43,7 @@ from ..errors import LayerFusionError
 from ..features import LayerFeatures
 from ..features.manifest import MANIFEST_NAME
 from ..modeling_layer_fusion import ViTForAttentiveLayerFusionClassification
+from ..recipes import find_recipe
 from ..sweeps import Setting, SweepResult, expand_grid, sweep
 from ..sweeps.inputs import within_budget
 from ..sweeps.result import RESULT_NAME, TABLE_NAME
@@ -237,7 +238,11 @@ def _open_features(name: str) -> LayerFeatures:
 
 def grid_settings(arguments: argparse.Namespace, grid: str) -> list[Setting]:
     """The settings of the grid that was asked for, by name or file, with `--recipe` where it names none."""
-    return expand_grid(grid, [recipe.strip() for recipe in arguments.recipe.split(",")])
+    return expand_grid(grid, _asked(arguments))
+
+
+def _asked(arguments: argparse.Namespace) -> list[str]:
+    return [recipe.strip() for recipe in arguments.recipe.split(",")]
 
 
 def union_bank(
@@ -295,7 +300,7 @@ def search(
     start = time.perf_counter()
     result = sweep(
         features,
-        recipe=list(dict.fromkeys(setting.recipe for setting in settings)),
+        recipe=_names(arguments, settings),
         grid=[setting.to_dict() for setting in settings],
         num_epochs=num_epochs,
         batch_size=arguments.train_batch_size,
@@ -309,6 +314,13 @@ def search(
     )
     seconds = time.perf_counter() - start
     return Found(result, None if before is not None and _time_of(folder) == before else seconds)
+
+
+def _names(arguments: argparse.Namespace, settings: Sequence[Setting]) -> list[str]:
+    """The recipes of the settings, or the one that stands for them."""
+    asked, swept = _asked(arguments), list(dict.fromkeys(setting.recipe for setting in settings))
+    is_choice = len(asked) == 1 and set(swept) <= set(find_recipe(asked[0]).candidates)
+    return asked if is_choice else swept
 
 
 def _time_of(folder: Path) -> int | None:
@@ -387,15 +399,20 @@ def describe(found: Found) -> str:
     if len(rows) > _SHOWN_SETTINGS:
         lines.append(f"and {len(rows) - _SHOWN_SETTINGS} more")
     chosen = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen_values(result).items())
-    edges = [
+    notes = [
         f"note: this {name.replace('_', ' ')} is the {end} of the grid, and a wider grid may do better"
         for name, end in result.at_edge.items()
     ]
+    if rows and (highest := max(rows, key=lambda row: row["mean"]))["mean"] > rows[0]["mean"]:
+        notes.append(
+            f"note: {highest['recipe']} scored higher by less than the standard error ({protocol['standard_error']:.3f}), so "
+            f"{rows[0]['recipe']}, which comes before it in {protocol['recipe'][0]}, is taken"
+        )
     return "\n".join(
         [
             f"{', '.join(protocol['recipe'])}: {protocol['trained_settings']} of {protocol['settings']} settings "
             f"trained{same}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}, chosen on {_validation(result)}; {took}",
-            *("", *lines, "", f"chosen: {chosen}", *edges),
+            *("", *lines, "", f"chosen: {chosen}", *notes),
         ]
     )
 

@@ -159,7 +159,7 @@ class SweepResult:
     def summary(self) -> list[dict[str, Any]]:
         """One row per setting, the chosen one first: its fields, `mean` and `std` of the score, `trained_as`.
 
-        Ordered as `choose` ranks them; settings without a score come last.
+        The others are ordered as `choose` ranks them; settings without a score come last.
         """
         groups: dict[int, list[dict[str, Any]]] = {}
         for trial in self.trials:
@@ -173,6 +173,8 @@ class SweepResult:
         settings = self.settings
         ranked = [row for row in rows if not math.isnan(row["mean"])]
         ranked.sort(key=lambda row: rank(settings[row["setting"]], row["mean"]), reverse=True)
+        # A choice of recipes may prefer one that others are ahead of by less than can be told.
+        ranked.sort(key=lambda row: settings[row["setting"]] != self.best)
         return ranked + [row for row in rows if math.isnan(row["mean"])]
 
     def scores(self, setting: Setting | None = None) -> list[float]:

@@ -26,6 +26,7 @@ from ..errors import LayerFusionError
 from ..features import LayerFeatures
 from ..heads.ensemble import stack_members
 from ..layout import TokenLayout
+from ..recipes import find_recipe
 from ..training.class_weights import class_weights
 from ..training.run import default_batch_size, default_epochs
 from ..version import __version__
@@ -45,7 +46,7 @@ from .inputs import (
 )
 from .result import RESULT_NAME, SweepResult
 from .ridge import solvable, solve_trials
-from .selection import choose, split_rows
+from .selection import choose, choose_recipe, share_error, split_rows
 from .settings import FIELDS, Grid, Setting, merge_settings
 from .stack import Trial
 from .state import TrialRun
@@ -106,7 +107,8 @@ def sweep(
 
     Args:
         features: training rows.
-        recipe: one or several names from `RECIPES`; those whose tokens the features hold.
+        recipe: one or several names from `RECIPES`; those whose tokens the features hold. With `"auto"`, of classifiers,
+            the first of its candidates within one standard error of the best on the validation rows (`choose_recipe`).
         grid: `"paper"` (63 settings), `"fast"`, a YAML or JSON file, a mapping from fields of [`Setting`] to values, or a
             list of mappings.
         strategy: `"full"` trains every setting; `"merged"` trains one of those that weight decay makes the same to 1 %
@@ -201,8 +203,10 @@ def sweep(
     trained_as = list(range(len(settings)))
     if strategy != "full":
         trained_as = merge_settings(settings, _learning_rate_sums(settings, protocol, num_rows))
+    names = [recipe] if isinstance(recipe, str) else list(recipe)
+    order = list(find_recipe(names[0]).candidates) if len(names) == 1 else []
     record = {
-        "recipe": [recipe] if isinstance(recipe, str) else list(recipe),
+        "recipe": names,
         "settings": len(settings),
         "trained_settings": len(set(trained_as)),
         "strategy": strategy,
@@ -223,6 +227,7 @@ def sweep(
         "refit": refit,
         # Only where it says something, so that results of earlier versions are found again.
         **({"refit_seeds": refit_seeds} if refit_seeds != seeds else {}),
+        **({"preference": order} if order else {}),
         "features": describe_features(features, folds),
         "versions": {"hf_layerfusion": __version__, "torch": torch.__version__},
     }
@@ -273,6 +278,12 @@ def sweep(
     runs = _gathered(train("selection", trials, rows, protocol, False)[0], state)
     scores = {s: [runs[Trial(s, seed, fold)].score for seed in seeds for fold in range(len(folds))] for s in wanted}
     best = choose(scores)
+    if order and config.problem_type == "single_label_classification":
+        # Their metrics are shares of rows; what else there is has no such error.
+        record["standard_error"] = share_error(
+            float(np.mean(scores[best])), sum(len(held_out) for _, held_out in folds)
+        )
+        best = choose_recipe(scores, order, record["standard_error"])
     heads: dict[int, dict[str, torch.Tensor]] = {}
     if refit:
         epochs = [runs[Trial(best, seed, fold)].best_epoch for seed in seeds for fold in range(len(folds))]

@@ -68,8 +68,8 @@ def split_rows(
 def choose(scores: Mapping[Setting, Sequence[float]]) -> Setting:
     """The setting with the best mean score; of equal ones, the one with the stronger regularisation.
 
-    Stronger is: a larger penalty of a head in closed form, more weight decay, then more attention dropout, then more noise (its size, then its probability), then a
-    smaller learning rate.
+    Stronger is: a larger penalty of a head in closed form, more weight decay, then more attention dropout, then more noise
+    (its size, then its probability), then a smaller learning rate.
 
     Raises:
         LayerFusionError: if no setting has a finite score.
@@ -81,6 +81,37 @@ def choose(scores: Mapping[Setting, Sequence[float]]) -> Setting:
         )
 
     return max(finite, key=lambda setting: rank(setting, finite[setting]))
+
+
+def choose_recipe(scores: Mapping[Setting, Sequence[float]], order: Sequence[str], standard_error: float) -> Setting:
+    """The best setting of the first recipe, in an order of preference, that is within a standard error of the best score.
+
+    The rule of one standard error (Breiman et al. 1984, section 3.4.3, for the size of a tree): where validation rows do
+    not tell recipes apart, the preferred one is taken rather than the one that was lucky on them.
+
+    Args:
+        scores: as for `choose`.
+        order: of recipes; settings of others are chosen only if no setting of these is near enough.
+        standard_error: of the best score.
+
+    Raises:
+        LayerFusionError: if no setting has a finite score.
+    """
+    best = choose(scores)
+    least = float(np.mean(scores[best])) - standard_error
+    near = {setting: values for setting, values in scores.items() if float(np.mean(values)) >= least}
+    for recipe in order:
+        if own := {setting: values for setting, values in near.items() if setting.recipe == recipe}:
+            return choose(own)
+    return best
+
+
+def share_error(share: float, num_rows: int) -> float:
+    """Standard error of a share of so many rows, `sqrt(s (1 - s) / n)`, the binomial distribution's.
+
+    For balanced accuracy and F1 it is an approximation, which is good where classes are of like sizes.
+    """
+    return math.sqrt(max(0.0, share * (1 - share)) / num_rows)
 
 
 def rank(setting: Setting, score: float) -> tuple:
