@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import reprlib
@@ -204,6 +205,23 @@ def top_count(pool: str) -> int:
     return int(pool.partition(":")[2])
 
 
+def _members(
+    pool: str, layer: int, module: str, layout: TokenLayout, image_size: Sequence[int] | None
+) -> tuple[int, Iterable[str]]:
+    """How many pools of a bank a pool stands for, and these, which are made only when asked for."""
+    if pool == "tokens":
+        count = layout.num_patches(layer, image_size)
+        return count + 1, itertools.chain(("cls",), map(patch_pool, range(count)))
+    if is_top(pool):
+        count = min(top_count(pool), math.prod(layout.grid(layer, image_size, pool=pool)))
+        return count, (f"{_TOP}{rank}" for rank in range(count))
+    if pool.startswith(_GRID):
+        if layout.kind(module) == "tokens":  # maps are grids in any case
+            layout.grid(layer, image_size, pool=pool)
+        return len(cells := grid_cells(pool)), cells
+    return 1, (pool,)
+
+
 def pool_group(pool: str) -> str:
     """What a pool is shown under where there is little room: `"patches"`, `"top patches"`, `"grid:2"`, or its own name."""
     if is_patch(pool):
@@ -252,35 +270,14 @@ class TokenBank:
                     continue
                 names: list[str] = []
                 for pool in pools:
-                    if pool == "tokens":
-                        num_patches = layout.num_patches(layer, image_size)
-                        if len(coordinates) + len(names) + num_patches > MAX_TOKENS:
-                            raise LayerFusionError(
-                                f"pools=['tokens'] gives more than {MAX_TOKENS} tokens at layer {layer} for images of "
-                                f"{list(image_size or layout.image_size or ())}: choose fewer layers or smaller images"
-                            )
-                        names += ["cls", *map(patch_pool, range(num_patches))]
-                    elif is_top(pool):
-                        num_patches = math.prod(layout.grid(layer, image_size, pool=pool))
-                        count = min(top_count(pool), num_patches)
-                        if len(coordinates) + len(names) + count > MAX_TOKENS:
-                            raise LayerFusionError(
-                                f"pools=['{pool}'] gives more than {MAX_TOKENS} tokens at layer {layer}: choose fewer "
-                                "layers or modules, or a smaller number"
-                            )
-                        names += [f"{_TOP}{rank}" for rank in range(count)]
-                    elif pool.startswith(_GRID):
-                        cells = grid_cells(pool)
-                        if layout.kind(module) == "tokens":  # maps are grids in any case
-                            layout.grid(layer, image_size, pool=pool)
-                        if len(coordinates) + len(names) + len(cells) > MAX_TOKENS:
-                            raise LayerFusionError(
-                                f"pools=['{pool}'] gives more than {MAX_TOKENS} tokens at layer {layer}: choose fewer "
-                                "layers or modules, or a smaller grid"
-                            )
-                        names += cells
-                    else:
-                        names.append(pool)
+                    count, members = _members(pool, layer, module, layout, image_size)
+                    if len(coordinates) + len(names) + count > MAX_TOKENS:
+                        raise LayerFusionError(
+                            f"pools=['{pool}'] gives more than {MAX_TOKENS} tokens at layer {layer} for images of "
+                            f"{list(image_size or layout.image_size or ())}: choose fewer layers or modules, smaller "
+                            "images, or a smaller number"
+                        )
+                    names += members
                 there = [pool for pool in names if pool != "cls" or layout.has_cls_at(layer, module)]
                 coordinates += [TokenCoordinate(layer, module, pool) for pool in dict.fromkeys(there)]
         return cls(tuple(coordinates))

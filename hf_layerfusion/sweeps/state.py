@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ..errors import LayerFusionError
 from ..files import staged_file
+from ..hub.safety import tensor_digest
 from .stack import Trial
 
 logger = logging.get_logger(__name__)
@@ -163,9 +164,4 @@ def load_state(
 
 def _checksum(record: str, tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of everything the file says: a flipped bit in a moment would train on without a sign."""
-    digest = hashlib.sha256(record.encode())
-    for name in sorted(tensors):
-        array = tensors[name].cpu().numpy()
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.reshape(-1).data)
-    return digest.hexdigest()
+    return hashlib.sha256(f"{record}\n{tensor_digest(tensors)}".encode()).hexdigest()
