@@ -98,6 +98,34 @@ def test_coordinates_that_do_not_vary_are_left_out(tmp_path):
         solve_ridge(write_features(tmp_path / "same", labels, torch.ones_like(tokens)), config, [0.1])
 
 
+@pytest.mark.parametrize("best", [0.3, 1.0, 2.5])
+def test_logit_factor_is_the_one_that_labels_are_drawn_with(best):
+    logits = 3 * torch.randn(20_000, CLASSES, generator=torch.manual_seed(0))
+    labels = torch.multinomial((best * logits).softmax(dim=-1), 1, generator=torch.manual_seed(1)).squeeze(1)
+    assert ridge.logit_factor(logits, labels) == pytest.approx(best, rel=0.05)
+
+
+def test_logit_factor_of_rows_that_are_all_right_is_bounded():
+    logits = torch.eye(CLASSES)
+    assert ridge.logit_factor(logits, torch.arange(CLASSES)) == pytest.approx(5, rel=1e-3)
+
+
+def test_logits_have_the_scale_that_suits_the_validation_rows(tmp_path):
+    """The predictions are those of `solve_ridge`; where labels are half noise, probabilities are no longer near 1."""
+    generator = np.random.default_rng(0)
+    labels = class_labels()
+    noisy = np.where(generator.random(ROWS) < 0.5, generator.integers(CLASSES, size=ROWS), labels)
+    scales = []
+    for name, found in {"clean": labels, "noisy": noisy}.items():
+        features = write_features(tmp_path / name, found, learnable_tokens(labels))
+        result = sweep(features, recipe="ridge-all", grid={"ridge_penalty": 0.1}, num_folds=3, progress=False)
+        scales.append(result.protocol["logit_scale"])
+        expected = solve_ridge(features, result.config, [0.1], result.config.class_weights)[0]
+        for key, value in result.head_state().items():
+            torch.testing.assert_close(value, expected[key] * scales[-1] / LOGIT_SCALE)
+    assert scales[0] > LOGIT_SCALE > scales[1]
+
+
 def test_too_large_a_system_is_refused(tmp_path, monkeypatch):
     features = write_features(tmp_path)
     monkeypatch.setattr(ridge, "MAX_SYSTEM", 50)
@@ -168,8 +196,9 @@ def test_sweep_chooses_a_penalty_and_builds_an_ordinary_head(tmp_path):
     assert result.config.head_type == "linear"
     model = result.build_model()
     expected = solve_ridge(features, result.config, [result.best.ridge_penalty], result.config.class_weights)[0]
+    factor = result.protocol["logit_scale"] / LOGIT_SCALE
     for name, value in model.head.state_dict().items():
-        torch.testing.assert_close(value, expected[name])
+        torch.testing.assert_close(value, expected[name] * factor)
     again = SweepResult.load(folder)
     assert again.best == result.best
     assert again.trials == result.trials

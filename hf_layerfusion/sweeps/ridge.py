@@ -33,6 +33,7 @@ MAX_SYSTEM = 20_000
 _BATCH_SIZE = 1024
 # Coordinates that hardly vary over the training rows are left out: dividing by their spread would blow noise up.
 _LEAST_SPREAD = 1e-6
+_MOST_FACTOR = 5.0
 
 
 def solve_ridge(
@@ -49,7 +50,8 @@ def solve_ridge(
     with weights w_i of mean one and features z_i: normalised tokens, each coordinate minus its mean and over its standard
     deviation, and scaled so that all (layer, module, pool) count the same and |z|^2 has mean one. Standardisation is then
     folded into W and b, so that what comes out is an ordinary linear head. Of classes, y is one-hot, and the outputs are
-    multiplied by `LOGIT_SCALE`, which changes no prediction and lets a softmax say something.
+    multiplied by `LOGIT_SCALE`, which changes no prediction and lets a softmax say something; `sweep` puts a measured
+    scale in its place.
 
     Squared loss is on a par with cross-entropy or better where it has been compared (arXiv 2006.07322). The solution is
     that of the normal equations of whichever is fewer, coordinates or rows, by one Cholesky factor per penalty in float64.
@@ -156,27 +158,62 @@ def solve_trials(
         class_weights = rows[fold].class_weights if setting.balance_classes else None
         with torch.no_grad():
             states = solve_ridge(rows[fold].train, config, penalties, class_weights, protocol.device)
-            scores = _scores(rows[fold].validation, config, states, protocol)
+            scores, factors = _scores(rows[fold].validation, config, states, protocol)
         for trial in members:
             number = penalties.index(float(trial.setting.ridge_penalty or 0))
-            runs[trial] = TrialRun(epochs=[1], scores=[scores[number]], losses=[math.nan], epochs_trained=1)
+            runs[trial] = TrialRun(
+                epochs=[1],
+                scores=[scores[number]],
+                losses=[math.nan],
+                epochs_trained=1,
+                logit_factor=factors[number],
+            )
             heads[trial] = states[number]
     return runs, heads
 
 
 def _scores(
     rows: LayerFeatures | None, config: LayerFusionConfig, states: Sequence[dict[str, Tensor]], protocol: Protocol
-) -> list[float]:
+) -> tuple[list[float], list[float]]:
+    """Of each head the metric, and what `TrialRun.logit_factor` says."""
     if rows is None:
-        return [math.nan] * len(states)
+        return [math.nan] * len(states), [1.0] * len(states)
     head: Any = build_head(config)
     parameters = {name: torch.stack([state[name] for state in states]).to(protocol.device) for name in states[0]}
     meter = Meter(protocol.metric, config, len(states))
     rows = rows.select_bank(config.bank)
     labels = torch.as_tensor(rows.labels).to(protocol.device)
+    outputs = []
     for part, tokens in _batches(rows, config, protocol.device):
-        meter.add(head.run_stack(parameters, {}, StackInputs(tokens, training=False)), labels[part])
-    return meter.scores()
+        outputs.append(head.run_stack(parameters, {}, StackInputs(tokens, training=False)))
+        meter.add(outputs[-1], labels[part])
+    factors = [1.0] * len(states)
+    if config.problem_type == "single_label_classification":
+        factors = [logit_factor(logits, labels) for logits in torch.cat(outputs, dim=1)]
+    return meter.scores(), factors
+
+
+def logit_factor(logits: Tensor, labels: Tensor) -> float:
+    """What to multiply logits by so that their mean log loss is least: temperature scaling (arXiv 1706.04599).
+
+    Args:
+        logits: `(n, C)`, of rows that the head was not fitted to.
+        labels: `(n,)`.
+
+    Returns:
+        A factor between 1/5 and 5: if all rows are right, the loss falls without end.
+    """
+    from scipy.optimize import minimize_scalar
+
+    def loss(factor: float) -> float:
+        return float(F.cross_entropy(factor * logits.double(), labels))
+
+    return float(minimize_scalar(loss, bounds=(1 / _MOST_FACTOR, _MOST_FACTOR), method="bounded").x)
+
+
+def scaled_head(state: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """A linear head with other logits, and the same predictions."""
+    return {name: factor * value for name, value in state.items()}
 
 
 def _targets(
@@ -308,4 +345,4 @@ def _solved(gram: Tensor, wanted: Tensor, penalty: float) -> Tensor:
     return torch.cholesky_solve(wanted, factor)
 
 
-__all__ = ["MAX_SYSTEM", "solvable", "solve_ridge", "solve_trials"]
+__all__ = ["MAX_SYSTEM", "logit_factor", "scaled_head", "solvable", "solve_ridge", "solve_trials"]

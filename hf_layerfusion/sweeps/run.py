@@ -26,6 +26,7 @@ from ..errors import LayerFusionError
 from ..features import LayerFeatures
 from ..heads.ensemble import stack_members
 from ..layout import TokenLayout
+from ..losses import LOGIT_SCALE
 from ..recipes import find_recipe
 from ..training.class_weights import class_weights
 from ..training.run import default_batch_size, default_epochs
@@ -45,7 +46,7 @@ from .inputs import (
     writable_folder,
 )
 from .result import RESULT_NAME, SweepResult
-from .ridge import solvable, solve_trials
+from .ridge import scaled_head, solvable, solve_trials
 from .selection import choose, choose_recipe, share_error, split_rows
 from .settings import FIELDS, Grid, Setting, merge_settings
 from .stack import Trial
@@ -301,6 +302,11 @@ def sweep(
         if lost := [trial.seed for trial in itertools.chain(*members.values()) if trial not in states]:
             raise LayerFusionError(f"training on all rows diverged from seed {lost[0]}: use smaller learning rates")
         heads = {seed: _one_state([states[trial] for trial in trials]) for seed, trials in members.items()}
+        if best.ridge_penalty is not None and config.problem_type == "single_label_classification":
+            factors = [runs[Trial(best, seed, fold)].logit_factor for seed in seeds for fold in range(len(folds))]
+            factor = float(np.exp(np.log(factors).mean()))
+            record["logit_scale"] = factor * LOGIT_SCALE
+            heads = {seed: scaled_head(state, factor) for seed, state in heads.items()}
         record["refit_epochs"], record["refit_batch_size"] = final.last_epoch, final.batch_size
     if best.balance_classes:
         configs[best].class_weights = _weights(labels, config)

@@ -36,6 +36,8 @@ class TrialRun:
         losses: mean training loss of those epochs.
         epochs_trained: how many it was trained for.
         stopped: why it did not go on to the end: `"patience"`, `"halving"` or `"diverged"`.
+        logit_factor: of a classifier in closed form, what its logits are to be multiplied by so that their log loss on
+            the validation rows is least.
     """
 
     epochs: list[int] = field(default_factory=list)
@@ -43,6 +45,7 @@ class TrialRun:
     losses: list[float] = field(default_factory=list)
     epochs_trained: int = 0
     stopped: str | None = None
+    logit_factor: float = 1.0
 
     @property
     def score(self) -> float:
