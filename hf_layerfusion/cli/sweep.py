@@ -403,7 +403,8 @@ def describe(found: Found) -> str:
         f"note: this {name.replace('_', ' ')} is the {end} of the grid, and a wider grid may do better"
         for name, end in result.at_edge.items()
     ]
-    if rows and (highest := max(rows, key=lambda row: row["mean"]))["mean"] > rows[0]["mean"]:
+    highest = max(rows, key=lambda row: row["mean"])
+    if "standard_error" in protocol and highest["recipe"] != rows[0]["recipe"]:
         notes.append(
             f"note: {highest['recipe']} scored higher by less than the standard error ({protocol['standard_error']:.3f}), so "
             f"{rows[0]['recipe']}, which comes before it in {protocol['recipe'][0]}, is taken"
