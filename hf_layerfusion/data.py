@@ -240,3 +240,44 @@ def prepare_splits(
     image_column = find_image_column(first, image_column)
     label_column = find_label_column(first, label_column)
     return with_test_split(encode_labels(splits, label_column), label_column), image_column, label_column
+
+
+def group_numbers(rows: Dataset, column: str, what: str) -> np.ndarray:
+    """`(rows,)`: the number of what each row belongs to; rows with the same value in the column belong together.
+
+    Args:
+        what: the dataset, as an error calls it.
+
+    Raises:
+        LayerFusionError: if the column is missing, has gaps, or holds images or lists.
+    """
+    if column not in rows.column_names:
+        raise LayerFusionError(f"{what} has no group_column {column!r}: its columns are {rows.column_names}")
+    if not isinstance(rows.features[column], Value | ClassLabel):
+        raise LayerFusionError(f"{what}: {column!r} cannot be the group_column, which holds texts or numbers")
+    values = rows.select_columns([column]).with_format(None)[column][:]
+    if any(value is None or value != value for value in values):
+        raise LayerFusionError(f"{what} has rows without a {column!r}: fill them in")
+    return np.unique(np.asarray(values), return_inverse=True)[1]
+
+
+def training_groups(splits: DatasetDict, column: str) -> np.ndarray:
+    """`group_numbers` of the training rows of a dataset whose test rows belong to other groups.
+
+    Raises:
+        LayerFusionError: also if there is no test split, or a group has rows in both.
+    """
+    if "train" not in splits or "test" not in splits:
+        raise LayerFusionError(
+            "the dataset has no test split, and one drawn by row would part the groups of "
+            f"group_column={column!r}: add a test split"
+        )
+    train = group_numbers(splits["train"], column, "the training split")
+    if column in splits["test"].column_names:
+        shared = set(splits["train"][column][:]) & set(splits["test"][column][:])
+        if shared:
+            raise LayerFusionError(
+                f"{len(shared)} groups of {column!r} have rows in the training and in the test split, such as "
+                f"{min(shared, key=str)!r}: what is measured on those test rows would be too good; move them to one side"
+            )
+    return train

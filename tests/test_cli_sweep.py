@@ -9,14 +9,17 @@ import sys
 import time
 
 import pytest
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from picture_helpers import CLASSES, picture, save_tiny_backbone, write_pictures
 from safetensors.torch import load_file
 from transformers import pipeline
 
 from hf_layerfusion import LayerFeatures, LayerFusionConfig, SweepResult, ViTForAttentiveLayerFusionClassification
+from hf_layerfusion.cli import sweep as sweep_command
 from hf_layerfusion.cli import train as train_command
 from hf_layerfusion.cli.main import main
+from hf_layerfusion.data import open_dataset
+from hf_layerfusion.sweeps import sweep
 
 # Two recipes, whose tokens are not the same; all six settings differ in more than their decay.
 GRID = """\
@@ -147,6 +150,78 @@ def test_every_option_reaches_the_sweep(capsys, features, tmp_path):
     assert {name: protocol[name] for name in expected} == expected
     assert protocol["overrides"] == {"layers": "2,3", "pools": ["mean"]}
     assert len(SweepResult.load(tmp_path).config.bank) == 2
+
+
+# ---- groups ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def herds(inputs):
+    """The pictures with a column of groups, four rows in each; saved, and the groups of the training rows."""
+    splits = open_dataset(inputs / "pictures")
+    names = [f"herd {row // 4}" for row in range(len(splits["train"]))]
+    splits["train"] = splits["train"].add_column("herd", names)
+    splits["test"] = splits["test"].add_column("herd", ["another"] * len(splits["test"]))
+    splits.save_to_disk(str(inputs / "herds"))
+    return inputs / "herds", names
+
+
+@pytest.mark.parametrize("command", ["sweep", "train"])
+def test_images_of_a_group_stay_together(capsys, inputs, herds, tmp_path, monkeypatch, command):
+    seen = []
+
+    def watched(*arguments, groups, **options):
+        seen.append(list(groups))
+        return sweep(*arguments, groups=groups, **options)
+
+    monkeypatch.setattr(sweep_command, "sweep", watched)
+    folder, names = herds
+    grid = ["--sweep" if command == "train" else "--grid", inputs / "grid.yaml", "--num_folds", 2]
+    epochs = ["--num_train_epochs" if command == "train" else "--num_epochs", 1]
+    options = [*grid, *epochs, "--group_column", "herd", *QUICK, "--output_dir", tmp_path / "out"]
+    out, _ = run(capsys, command, "--backbone", inputs / "tiny", "--dataset", folder, *options)
+    numbers = {name: number for number, name in enumerate(sorted(set(names)))}
+    assert seen == [[numbers[name] for name in names]]
+    assert "chosen on 2 folds of 48 rows, groups kept together; " in out
+    card = (tmp_path / "out" / ("head" if command == "sweep" else "") / "README.md").read_text(encoding="utf-8")
+    assert f"| chosen from | {NUM_SETTINGS} settings, on 2 folds of 48 rows, groups kept together |" in card
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (None, ["--group_column", "flock"], "the training split has no group_column 'flock'"),
+        (None, ["--group_column", "image"], "'image' cannot be the group_column, which holds texts or numbers"),
+        ("no test split", ["--group_column", "herd"], "no test split, and one drawn by row would part the groups"),
+        ("shared", ["--group_column", "herd"], "1 groups of 'herd' have rows in the training and in the test split"),
+    ],
+)
+def test_groups_that_cannot_be_kept_together(capsys, inputs, herds, tmp_path, change, options, message):
+    splits = DatasetDict.load_from_disk(str(herds[0]))
+    if change == "no test split":
+        del splits["test"]
+    elif change == "shared":
+        splits["test"] = splits["test"].remove_columns("herd").add_column("herd", ["herd 3"] * len(splits["test"]))
+    splits.save_to_disk(str(tmp_path / "data"))
+    command = [
+        "sweep",
+        "--backbone",
+        inputs / "tiny",
+        "--dataset",
+        tmp_path / "data",
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    _, line = run(capsys, *command, *options, *QUICK, status=1)
+    assert message in line
+
+
+def test_groups_are_of_a_dataset_and_for_a_sweep(capsys, features, inputs, tmp_path):
+    options = ["--group_column", "herd", "--output_dir", tmp_path, *QUICK]
+    _, line = run(capsys, "sweep", "--features", features, *options, status=2)
+    assert "an extracted cache, to which --group_column does not apply" in line
+    _, line = run(capsys, "train", *source(inputs), *options, status=2)
+    assert "--group_column is an option of a sweep" in line
 
 
 # ---- layerfusion train --sweep -----------------------------------------------------------------------------------

@@ -249,8 +249,9 @@ def test_a_missing_test_split_is_drawn(tmp_path):
         ({"test_split": "held out"}, "dataset 'a' has no split 'held out', only"),
         (
             {"group_column": "flock"},
-            "dataset 'a' has no group_column 'flock' in split 'train': its columns are ['image', 'label', 'herd']",
+            "split 'train' of dataset 'a' has no group_column 'flock': its columns are ['image', 'label', 'herd']",
         ),
+        ({"group_column": "image"}, "dataset 'a': 'image' cannot be the group_column, which holds texts or numbers"),
         ({"label_column": "kind"}, "label_column='kind' is not in the dataset"),
         ({"max_train_rows": 2}, "2 of 36 rows cannot be drawn by class"),
     ],

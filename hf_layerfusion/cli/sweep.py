@@ -33,12 +33,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 
 from ..bank import TokenBank
 from ..configuration_layer_fusion import ATTENDING_HEADS, MULTI_HEAD_TYPES, LayerFusionConfig
-from ..data import SPLIT_NAMES
+from ..data import SPLIT_NAMES, open_dataset, prepare_splits, training_groups
 from ..errors import LayerFusionError
 from ..features import LayerFeatures
 from ..features.manifest import MANIFEST_NAME
@@ -62,7 +63,6 @@ from .options import (
     given_options,
     is_main_process,
     number,
-    open_splits,
     output_folder,
     token_options,
     training_options,
@@ -78,10 +78,12 @@ SEARCH_TITLE = "sweep (defaults: the paper's protocol)"
 # Options that say how to extract, and are None or False unless they are given.
 _EXTRACTION_OPTIONS = (
     *("backbone", "revision", "image_size", "num_prefix_tokens", "grid_size", "width_alignment"),
-    *("dataset", "dataset_name", "image_column", "label_column"),
+    *("dataset", "dataset_name", "image_column", "label_column", "group_column"),
     *("features_dir", "autocast", "torch_compile", "overwrite"),
 )
 _SHOWN_SETTINGS = 10
+# What a head in closed form has none of.
+_IN_STEPS = ("learning_rate", "weight_decay", "noise_std")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -130,6 +132,10 @@ def add_search_options(group: argparse._ArgumentGroup) -> None:
     )
     validation.add_argument("--num_folds", type=number(int, at_least=2), help="cross-validate instead")
     group.add_argument(
+        "--group_column",
+        help="of the dataset: images with the same value (a patient, a film) are never on both sides of a split",
+    )
+    group.add_argument(
         "--seeds", type=whole_numbers, metavar="0,1,2", help="train every setting from each of these (default: 0)"
     )
     group.add_argument(
@@ -169,12 +175,14 @@ def run(arguments: argparse.Namespace) -> None:
     folder = output_folder("--output_dir", arguments.output_dir)
     check_device(arguments.device)
     settings = grid_settings(arguments, arguments.grid)
-    model = None
+    model = groups = None
     if arguments.features:
         features = _open_features(arguments.features)
     else:
         caches = output_folder("--features_dir", arguments.features_dir or str(folder / "features"))
-        splits, image_column, label_column = open_splits(arguments)
+        opened = open_dataset(arguments.dataset, name=arguments.dataset_name)
+        groups = training_groups(opened, arguments.group_column) if arguments.group_column else None
+        splits, image_column, label_column = prepare_splits(opened, arguments.image_column, arguments.label_column)
         model = build_model(arguments, splits["train"], label_column, recipe=settings[0].recipe)
         settings = affordable(arguments, model, settings)
         bank = union_bank(arguments, model, settings)
@@ -187,6 +195,7 @@ def run(arguments: argparse.Namespace) -> None:
         folder,
         settings,
         model,
+        groups=groups,
         num_epochs=arguments.num_epochs,
         refit=not arguments.no_refit,
     )
@@ -285,10 +294,14 @@ def search(
     settings: Sequence[Setting],
     model: ViTForAttentiveLayerFusionClassification | None,
     *,
+    groups: np.ndarray | None,
     num_epochs: int | None,
     refit: bool = True,
 ) -> Found:
-    """Run the sweep that was asked for, on training rows; `model` knows the labels if the features came from it."""
+    """Run the sweep that was asked for, on training rows; `model` knows the labels if the features came from it.
+
+    `groups` has what each image of the training split belongs to.
+    """
     # Without CUDA, accelerate makes one group of several processes only if it is told that they use the CPU.
     PartialState(cpu=torch.device(arguments.device).type == "cpu")
     options: dict[str, Any] = {name: getattr(arguments, name) for name in given_options(arguments, SEARCH_OPTIONS)}
@@ -302,6 +315,7 @@ def search(
         features,
         recipe=_names(arguments, settings),
         grid=[setting.to_dict() for setting in settings],
+        groups=None if groups is None else groups[features.source_rows],
         num_epochs=num_epochs,
         batch_size=arguments.train_batch_size,
         refit=refit,
@@ -374,7 +388,7 @@ def chosen_values(result: SweepResult) -> dict[str, Any]:
     idle += [] if result.config.head_type in MULTI_HEAD_TYPES else ["num_heads"]
     idle += [] if result.best.noise_std else ["noise_probability"]
     if result.best.ridge_penalty is not None:
-        idle += ["learning_rate", "weight_decay", "noise_std"]
+        idle += _IN_STEPS
     values = {name: getattr(result.config, name, value) for name, value in result.best.to_dict().items()}
     return {name: value for name, value in values.items() if name not in idle and value is not None}
 
@@ -391,7 +405,8 @@ def describe(found: Found) -> str:
     rows = [row for row in result.summary() if row["trained_as"] == row["setting"] and not math.isnan(row["mean"])]
     table = [[result.score_name, *(name.replace("_", " ") for name in names)]]
     for row in rows[:_SHOWN_SETTINGS]:
-        values = ("-" if row[name] is None else str(row[name]) for name in names)
+        idle = _IN_STEPS if row["ridge_penalty"] is not None else ()
+        values = ("-" if row[name] is None or name in idle else str(row[name]) for name in names)
         table.append([_score(row["mean"], row["std"]), *values])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)) for cells in table]
@@ -420,9 +435,10 @@ def describe(found: Found) -> str:
 
 def _validation(result: SweepResult) -> str:
     rows, validation = result.protocol["features"]["rows"], result.protocol["validation"]
+    kept = ", groups kept together" if result.protocol.get("grouped") else ""
     if "num_folds" in validation:
-        return f"{validation['num_folds']} folds of {rows} rows"
-    return f"{validation['validation_size']:.0%} of {rows} rows"
+        return f"{validation['num_folds']} folds of {rows} rows{kept}"
+    return f"{validation['validation_size']:.0%} of {rows} rows{kept}"
 
 
 def _score(mean: float, std: float) -> str:

@@ -24,9 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import Trainer, set_seed
 
-from ..data import open_dataset, prepare_splits
+from ..data import open_dataset, prepare_splits, training_groups
 from ..errors import LayerFusionError
 from ..features import LayerFeatures
 from ..hub.push import hub_id
@@ -127,6 +128,7 @@ def run(arguments: argparse.Namespace) -> None:
     folder = output_folder("--output_dir", arguments.output_dir)
     caches = output_folder("--features_dir", arguments.features_dir or str(folder / "features"))
     opened = open_dataset(arguments.dataset, name=arguments.dataset_name)
+    groups = training_groups(opened, arguments.group_column) if arguments.group_column else None
     splits, image_column, label_column = prepare_splits(opened, arguments.image_column, arguments.label_column)
     overrides = {
         option: value
@@ -146,7 +148,7 @@ def run(arguments: argparse.Namespace) -> None:
     wanted = {split: splits[split] for split in ("train", "test")}
     features = extract_splits(arguments, model, wanted, caches, image_column, label_column, bank)
     trained = (
-        _choose_and_train(arguments, model, features, folder / "sweep", settings)
+        _choose_and_train(arguments, model, features, folder / "sweep", settings, groups)
         if settings
         else _train(arguments, model, features)
     )
@@ -164,7 +166,7 @@ def _settings(arguments: argparse.Namespace) -> list[Setting]:
     if needs_sweep and not arguments.sweep:
         arguments.sweep = "fast"
     if not arguments.sweep:
-        if given := given_options(arguments, (*SEARCH_OPTIONS, "overwrite_sweep")):
+        if given := given_options(arguments, (*SEARCH_OPTIONS, "group_column", "overwrite_sweep")):
             shown = {"max_memory": "max_memory_gb"}.get(given[0], given[0])
             raise OptionsError(f"--{shown} is an option of a sweep: add --sweep paper, fast or FILE.yaml")
         return []
@@ -240,11 +242,18 @@ def _choose_and_train(
     features: Mapping[str, LayerFeatures],
     folder: Path,
     settings: list[Setting],
+    groups: np.ndarray | None,
 ) -> _Trained:
     """The head of a sweep over the training rows; the test rows are read once, at the end."""
     epochs = arguments.num_train_epochs
     found = search(
-        arguments, features["train"], folder, settings, model, num_epochs=None if epochs is None else int(epochs)
+        arguments,
+        features["train"],
+        folder,
+        settings,
+        model,
+        groups=groups,
+        num_epochs=None if epochs is None else int(epochs),
     )
     result = found.result
     head = chosen_head(arguments, model, result)

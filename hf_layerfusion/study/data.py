@@ -19,6 +19,7 @@ from ..data import (
     encode_labels,
     find_image_column,
     find_label_column,
+    group_numbers,
     label_options,
     open_dataset,
     with_test_split,
@@ -114,13 +115,8 @@ def open_study_data(entry: DatasetEntry) -> StudyData:
     image_column = find_image_column(splits["train"], entry.image_column)
     label_column = find_label_column(splits["train"], entry.label_column)
     for split, rows in splits.items():
-        if entry.group_column and entry.group_column not in rows.column_names:
-            raise LayerFusionError(
-                f"dataset {entry.name!r} has no group_column {entry.group_column!r} in split {split!r}: its columns are "
-                f"{rows.column_names}"
-            )
-    if entry.group_column == image_column:
-        raise LayerFusionError(f"dataset {entry.name!r}: the images {image_column!r} cannot be the group_column")
+        if entry.group_column:
+            group_numbers(rows, entry.group_column, f"split {split!r} of dataset {entry.name!r}")
     if entry.group_column and "test" not in splits:
         raise LayerFusionError(
             f"dataset {entry.name!r} has no test split, and one drawn by row would part its groups: add a test split"
@@ -145,10 +141,7 @@ def open_study_data(entry: DatasetEntry) -> StudyData:
         raise LayerFusionError(f"dataset {entry.name!r}: all rows have one class, there is nothing to tell apart")
     groups = None
     if entry.group_column:
-        values = images[entry.group_column][:]
-        if any(value is None or value != value for value in values):
-            raise LayerFusionError(f"dataset {entry.name!r} has rows without a {entry.group_column!r}: fill them in")
-        groups = np.unique(np.asarray(values), return_inverse=True)[1]
+        groups = group_numbers(images, entry.group_column, f"dataset {entry.name!r}")
     return StudyData(images, image_column, label_column, len(parts[0]), groups)
 
 
