@@ -49,6 +49,7 @@ from ..sweeps import Setting, SweepResult, expand_grid, sweep
 from ..sweeps.inputs import within_budget
 from ..sweeps.result import RESULT_NAME, TABLE_NAME
 from ..sweeps.run import STRATEGIES, member_seeds
+from ..sweeps.settings import IN_STEPS
 from .options import (
     TRAINING_OPTIONS,
     OptionsError,
@@ -82,8 +83,6 @@ _EXTRACTION_OPTIONS = (
     *("features_dir", "autocast", "torch_compile", "overwrite"),
 )
 _SHOWN_SETTINGS = 10
-# What a head in closed form has none of.
-_IN_STEPS = ("learning_rate", "weight_decay", "noise_std")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -388,7 +387,7 @@ def chosen_values(result: SweepResult) -> dict[str, Any]:
     idle += [] if result.config.head_type in MULTI_HEAD_TYPES else ["num_heads"]
     idle += [] if result.best.noise_std else ["noise_probability"]
     if result.best.ridge_penalty is not None:
-        idle += _IN_STEPS
+        idle += IN_STEPS
     values = {name: getattr(result.config, name, value) for name, value in result.best.to_dict().items()}
     return {name: value for name, value in values.items() if name not in idle and value is not None}
 
@@ -405,7 +404,7 @@ def describe(found: Found) -> str:
     rows = [row for row in result.summary() if row["trained_as"] == row["setting"] and not math.isnan(row["mean"])]
     table = [[result.score_name, *(name.replace("_", " ") for name in names)]]
     for row in rows[:_SHOWN_SETTINGS]:
-        idle = _IN_STEPS if row["ridge_penalty"] is not None else ()
+        idle = IN_STEPS if row["ridge_penalty"] is not None else ()
         values = ("-" if row[name] is None or name in idle else str(row[name]) for name in names)
         table.append([_score(row["mean"], row["std"]), *values])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]

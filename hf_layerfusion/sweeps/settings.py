@@ -117,6 +117,8 @@ _FLOAT_FIELDS = (
 # penalty hardly depends on the data: 0.03 to 0.3 on ten sets of training rows. A wider choice on a few hundred validation
 # rows is a worse one (docs/beyond.md).
 RIDGE_PENALTIES = (0.0316, 0.1, 0.316)
+# Fields that a head in closed form has no use for.
+IN_STEPS = ("learning_rate", "weight_decay", "noise_std")
 
 # The reference's selection: 3 learning rates x 7 decays x 3 dropouts, with its noise.
 _PAPER = {
