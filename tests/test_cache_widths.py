@@ -15,7 +15,6 @@ from hf_layerfusion import (
     sweep,
 )
 from hf_layerfusion.features import token_statistics
-from hf_layerfusion.losses import LOGIT_SCALE
 from hf_layerfusion.recipe_tokens import recipe_bank
 from hf_layerfusion.training import build_trainer
 
@@ -115,8 +114,8 @@ def test_least_squares_over_layers_of_several_widths(model, images, tmp_path):
     assert config.bank.widths(config.layout) == [NARROW, NARROW, WIDE]
     features = extract_features(model, images, tmp_path, bank=config.bank, dtype="float32", progress=False)
     grid = {"ridge_penalty": 1e-4}
-    head = sweep(features, recipe="ridge-all", grid=grid, progress=False, **options).build_model()
-    logits = head(**features.tensors()).logits / LOGIT_SCALE
+    result = sweep(features, recipe="ridge-all", grid=grid, progress=False, **options)
+    logits = result.build_model()(**features.tensors()).logits / result.protocol["logit_scale"]
     torch.testing.assert_close(logits, torch.eye(2)[features.labels], rtol=0, atol=0.05)
 
 
