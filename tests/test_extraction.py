@@ -440,7 +440,9 @@ def test_the_limit_holds_for_all_processes_together(processes, broken_folder, tm
     for rank in ranks:
         rank.kill()
         rank.join()
-    assert processes.run(extract, broken_folder, tmp_path / "cache", **{**options, "max_skipped": 4 / 48}) == 0
+    # Alone: whoever was killed may have left shards to be done.
+    alone = {**options, "max_skipped": 4 / 48, "num_processes": 1}
+    assert processes.run(extract, broken_folder, tmp_path / "cache", **alone) == 0
 
 
 def test_by_default_one_in_a_hundred_may_be_broken(model, tmp_path):
