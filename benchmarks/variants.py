@@ -58,7 +58,9 @@ STEPS: dict[str, Variant] = {
     "alf, layer dropout 0.3": ("alf", {"layer_dropout": 0.3}),
     "alf, mixup 0.2": ("alf", {"mixup_alpha": 0.2}),
     "alf, 4 queries": ("alf", {"num_queries": 4}),
-    "alf, block, LN2 and activation": ("alf", {"modules": ["block", "ln2", "activation"]}),
+    "alf, 8 heads": ("alf-heads:8", {}),
+    # With a head for each of 72 tokens of width 1,536, 300 steps would take more than half an hour on a core.
+    "alf, 8 heads, block, LN2 and activation": ("alf-heads:8", {"modules": ["block", "ln2", "activation"]}),
     "alf, 4 queries, averaged": ("alf", {"num_queries": 4, "query_fusion": "mean"}),
     "alf, embeddings of layer and pool": ("alf", {"token_embeddings": True}),
     "alf-grid": ("alf-grid", {}),
