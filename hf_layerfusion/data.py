@@ -242,6 +242,18 @@ def prepare_splits(
     return with_test_split(encode_labels(splits, label_column), label_column), image_column, label_column
 
 
+def check_group_column(rows: Dataset, column: str, what: str) -> None:
+    """Refuse, in the name of `what`, a column that is missing, or holds images or lists.
+
+    Raises:
+        LayerFusionError: then.
+    """
+    if column not in rows.column_names:
+        raise LayerFusionError(f"{what} has no group_column {column!r}: its columns are {rows.column_names}")
+    if not isinstance(rows.features[column], Value | ClassLabel):
+        raise LayerFusionError(f"{what}: {column!r} cannot be the group_column, which holds texts or numbers")
+
+
 def group_numbers(rows: Dataset, column: str, what: str) -> np.ndarray:
     """`(rows,)`: the number of what each row belongs to; rows with the same value in the column belong together.
 
@@ -249,12 +261,9 @@ def group_numbers(rows: Dataset, column: str, what: str) -> np.ndarray:
         what: the dataset, as an error calls it.
 
     Raises:
-        LayerFusionError: if the column is missing, has gaps, or holds images or lists.
+        LayerFusionError: as `check_group_column` does, or if the column has gaps.
     """
-    if column not in rows.column_names:
-        raise LayerFusionError(f"{what} has no group_column {column!r}: its columns are {rows.column_names}")
-    if not isinstance(rows.features[column], Value | ClassLabel):
-        raise LayerFusionError(f"{what}: {column!r} cannot be the group_column, which holds texts or numbers")
+    check_group_column(rows, column, what)
     values = rows.select_columns([column]).with_format(None)[column][:]
     if any(value is None or value != value for value in values):
         raise LayerFusionError(f"{what} has rows without a {column!r}: fill them in")

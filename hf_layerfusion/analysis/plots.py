@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..style import BLACK, BLUE, GREEN, GREY, LIGHT_GREY, MARKERS, ORANGE, PURPLE, SKY_BLUE, VERMILION, new_figure
-from ..sweeps.settings import IN_STEPS
+from ..sweeps.settings import idle_fields
 from .attention import AttentionSummary
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def _panels(result: SweepResult) -> dict[str, set[int]]:
 
 def setting_name(values: Mapping[str, Any], fields: Sequence[str]) -> str:
     """Such as `lr 0.01 · decay 0.1`."""
-    idle = IN_STEPS if values.get("ridge_penalty") is not None else ()
+    idle = idle_fields(values)
     shown = (name for name in fields if values.get(name) is not None and name not in idle)
     return " · ".join(_value_name(name, values[name]) for name in shown)
 

@@ -49,7 +49,7 @@ from ..sweeps import Setting, SweepResult, expand_grid, sweep
 from ..sweeps.inputs import within_budget
 from ..sweeps.result import RESULT_NAME, TABLE_NAME
 from ..sweeps.run import STRATEGIES, member_seeds
-from ..sweeps.settings import IN_STEPS
+from ..sweeps.settings import idle_fields
 from .options import (
     TRAINING_OPTIONS,
     OptionsError,
@@ -386,8 +386,7 @@ def chosen_values(result: SweepResult) -> dict[str, Any]:
     idle = [] if attends else ["attention_dropout", "num_queries"]
     idle += [] if result.config.head_type in MULTI_HEAD_TYPES else ["num_heads"]
     idle += [] if result.best.noise_std else ["noise_probability"]
-    if result.best.ridge_penalty is not None:
-        idle += IN_STEPS
+    idle += idle_fields(result.best.to_dict())
     values = {name: getattr(result.config, name, value) for name, value in result.best.to_dict().items()}
     return {name: value for name, value in values.items() if name not in idle and value is not None}
 
@@ -404,7 +403,7 @@ def describe(found: Found) -> str:
     rows = [row for row in result.summary() if row["trained_as"] == row["setting"] and not math.isnan(row["mean"])]
     table = [[result.score_name, *(name.replace("_", " ") for name in names)]]
     for row in rows[:_SHOWN_SETTINGS]:
-        idle = IN_STEPS if row["ridge_penalty"] is not None else ()
+        idle = idle_fields(row)
         values = ("-" if row[name] is None or name in idle else str(row[name]) for name in names)
         table.append([_score(row["mean"], row["std"]), *values])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..backbones import build_backbone, open_backbone
 from ..data import (
     DIGITS,
+    check_group_column,
     encode_labels,
     find_image_column,
     find_label_column,
@@ -116,7 +117,7 @@ def open_study_data(entry: DatasetEntry) -> StudyData:
     label_column = find_label_column(splits["train"], entry.label_column)
     for split, rows in splits.items():
         if entry.group_column:
-            group_numbers(rows, entry.group_column, f"split {split!r} of dataset {entry.name!r}")
+            check_group_column(rows, entry.group_column, f"split {split!r} of dataset {entry.name!r}")
     if entry.group_column and "test" not in splits:
         raise LayerFusionError(
             f"dataset {entry.name!r} has no test split, and one drawn by row would part its groups: add a test split"

@@ -172,9 +172,11 @@ class SweepResult:
             rows.append(row)
         settings = self.settings
         ranked = [row for row in rows if not math.isnan(row["mean"])]
-        ranked.sort(key=lambda row: rank(settings[row["setting"]], row["mean"]), reverse=True)
-        # A choice of recipes may prefer one that others are ahead of by less than can be told.
-        ranked.sort(key=lambda row: settings[row["setting"]] != self.best)
+        # The chosen one may not have the highest score: a choice of recipes prefers some.
+        ranked.sort(
+            key=lambda row: (settings[row["setting"]] == self.best, *rank(settings[row["setting"]], row["mean"])),
+            reverse=True,
+        )
         return ranked + [row for row in rows if math.isnan(row["mean"])]
 
     def scores(self, setting: Setting | None = None) -> list[float]:

@@ -208,8 +208,10 @@ def logit_factor(logits: Tensor, labels: Tensor) -> float:
     """
     from scipy.optimize import minimize_scalar
 
+    logits = logits.double()
+
     def loss(factor: float) -> float:
-        return float(F.cross_entropy(factor * logits.double(), labels, label_smoothing=1 / (len(labels) + 2)))
+        return float(F.cross_entropy(factor * logits, labels, label_smoothing=1 / (len(labels) + 2)))
 
     return float(minimize_scalar(loss, bounds=(1 / _MOST_FACTOR, _MOST_FACTOR), method="bounded").x)
 

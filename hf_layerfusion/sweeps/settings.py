@@ -117,8 +117,8 @@ _FLOAT_FIELDS = (
 # penalty hardly depends on the data: 0.03 to 0.3 on ten sets of training rows. A wider choice on a few hundred validation
 # rows is a worse one (docs/beyond.md).
 RIDGE_PENALTIES = (0.0316, 0.1, 0.316)
-# Fields that a head in closed form has no use for.
-IN_STEPS = ("learning_rate", "weight_decay", "noise_std")
+# What a head is trained in steps with.
+_IN_STEPS = ("learning_rate", "weight_decay", "noise_std")
 
 # The reference's selection: 3 learning rates x 7 decays x 3 dropouts, with its noise.
 _PAPER = {
@@ -256,6 +256,11 @@ def _recipe(name: Any) -> Recipe:
         tool = "fit_estimator" if recipe.kind == "estimator" else "fine_tune"
         raise LayerFusionError(f"recipe {name!r} is no head, so it cannot be swept: use {tool}, or layerfusion study")
     return recipe
+
+
+def idle_fields(setting: Mapping[str, Any]) -> tuple[str, ...]:
+    """Fields that a setting has values of and no use for: those of training in steps, of a head in closed form."""
+    return _IN_STEPS if setting.get("ridge_penalty") is not None else ()
 
 
 def _is_number(value: Any, largest: float) -> bool:
